@@ -1,0 +1,37 @@
+"""The one batch type and the one error type that every stage shares.
+
+Letters in shapes: B users in a batch, G items in a group, L prompt tokens, T item tokens, H hidden size, V
+vocabulary, M items in the catalogue, N negatives of one user (M minus the positives).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from torch import Tensor
+
+
+class UserError(Exception):
+    """A mistake in the user's input: the message names the file, row or key and says what to do.
+
+    The command line prints the message alone and exits with code 1; every other exception keeps its traceback.
+    """
+
+
+@dataclass
+class Batch:
+    """Rows (history -> target) of B users, ready for the model. Padding is told by length, never by token id."""
+
+    row: Tensor  # [B] int64, index into the split's row table; -1 marks a row that only fills up the last batch
+    tokens: Tensor  # [B, L] int64, prompt token ids, padded on the right
+    length: Tensor  # [B] int64, real prompt tokens, >= 1
+    history: Tensor  # [B, C] int64, catalogue index of each title in the prompt, oldest first, -1 = none
+    history_start: Tensor  # [B, C] int64, position in `tokens` of that title's first token, >= 1
+    target: Tensor  # [B] int64, catalogue index of the positive
+
+    def to(self, *args: object, **kwargs: object) -> Batch:
+        """Move every field, as ``Tensor.to``; Lightning calls this to move a batch to the device."""
+        return Batch(**{f.name: getattr(self, f.name).to(*args, **kwargs) for f in fields(self)})
+
+    def __len__(self) -> int:
+        return len(self.row)
