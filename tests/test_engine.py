@@ -1,0 +1,211 @@
+"""The engine and the search against one full row per item through the whole model."""
+
+import copy
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from recsys.policy import Policy, TinyPolicy
+from recsys.search import beam_search
+from recsys.tree import TreeEngine
+from recsys.trie import Trie
+from tests.naive import all_logprobs, item_logprob
+
+TITLES = ["Toy", "Toy Story", "Toy Story 2", "Heat", "Heat", "He", "Ronin", "Ran", "Alien", "Aliens", "Ça va", "X"]
+SEQUENCES = [[*title.encode(), 256] for title in TITLES]
+PROMPTS = [[65, 66, 67, 68, 69], [70, 71], [72, 73, 74, 75, 76, 77, 78, 79, 80]]
+
+
+class Shape(Policy):
+    """A small random model of a given architecture."""
+
+    lora = None
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.name = kind
+        size = {"vocab_size": 257, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+        torch.manual_seed(0)
+        if kind == "gpt2":
+            model = GPT2LMHeadModel(GPT2Config(vocab_size=257, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2))
+        elif kind == "qwen2":
+            model = Qwen2ForCausalLM(
+                Qwen2Config(**size, intermediate_size=64, num_key_value_heads=2, initializer_range=0.2)
+            )
+        else:
+            model = LlamaForCausalLM(
+                LlamaConfig(**size, intermediate_size=64, num_key_value_heads=2, initializer_range=0.2)
+            )
+        self.fresh = model.eval()
+
+    def load(self, device: torch.device) -> LlamaForCausalLM:
+        return self.fresh
+
+
+def make(kind: str = "llama", normalization: str = "trie") -> TreeEngine:
+    policy = Shape(kind)
+    policy.build(torch.device("cpu"))
+    return TreeEngine(policy, Trie.from_sequences(SEQUENCES), normalization)
+
+
+def batch(prompts: list[list[int]], width: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    width = width or max(map(len, prompts))
+    return torch.tensor([p + [0] * (width - len(p)) for p in prompts]), torch.tensor([len(p) for p in prompts])
+
+
+def reference(engine: TreeEngine) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.stack([all_logprobs(engine.policy, p, SEQUENCES, engine.normalization) for p in PROMPTS])
+
+
+@pytest.mark.parametrize("normalization", ["trie", "vocab"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
+def test_one_pass_and_cached_scores_equal_full_rows(kind: str, normalization: str) -> None:
+    engine = make(kind, normalization)
+    tokens, length = batch(PROMPTS)
+    items = torch.arange(len(TITLES)).expand(len(PROMPTS), -1)
+    expected = reference(engine)
+    one_pass, _ = engine.forward(tokens, length, items)
+    torch.testing.assert_close(one_pass, expected, atol=2e-5, rtol=1e-5)
+    prompt = engine.prefill(tokens, length)
+    for _ in range(2):  # the cache is left as it was
+        torch.testing.assert_close(engine.score(prompt, items), expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("normalization", ["trie", "vocab"])
+def test_groups_that_differ_by_user(normalization: str) -> None:
+    engine = make(normalization=normalization)
+    items = torch.tensor([[0, 1, 2], [6, 6, 11], [4, 10, 5]])
+    scores, _ = engine.forward(*batch(PROMPTS), items)
+    torch.testing.assert_close(scores, reference(engine).gather(1, items), atol=2e-5, rtol=1e-5)
+
+
+def test_only_needed_rows_go_through_the_model() -> None:
+    engine = make(normalization="trie")
+    tokens, length = batch(PROMPTS[:1])
+    engine.forward(tokens, length, torch.tensor([[6, 11]]))  # Ronin branches from Ran after R; X is forced
+    assert engine.token_rows == tokens.shape[1] + 1
+
+
+def test_trie_normalisation_is_a_distribution_over_titles() -> None:
+    engine = make(normalization="trie")
+    items = torch.tensor([i for i in range(len(TITLES)) if i != 4]).expand(3, -1)  # item 4 shares item 3's title
+    scores, _ = engine.forward(*batch(PROMPTS), items)
+    torch.testing.assert_close(scores.exp().sum(1), torch.ones(3))
+
+
+@pytest.mark.parametrize("normalization", ["trie", "vocab"])
+def test_gradients_equal_full_rows(normalization: str) -> None:
+    engine = make(normalization=normalization)
+    items = torch.tensor([[1, 2, 9], [3, 5, 8], [0, 7, 10]])
+    weight = torch.randn(3, 3, generator=torch.Generator().manual_seed(1))
+    scores, _ = engine.forward(*batch(PROMPTS), items)
+    (scores * weight).sum().backward()
+    tree = {name: p.grad.clone() for name, p in engine.policy.named_parameters()}
+    engine.policy.zero_grad()
+    for b, prompt in enumerate(PROMPTS):
+        for g in range(3):
+            (item_logprob(engine.policy, prompt, SEQUENCES, int(items[b, g]), normalization) * weight[b, g]).backward()
+    for name, p in engine.policy.named_parameters():
+        assert (p.grad - tree[name]).norm() <= 1e-5 * p.grad.norm() + 1e-8, name
+
+
+@pytest.mark.parametrize("normalization", ["trie", "vocab"])
+def test_titles_inside_the_prompt(normalization: str) -> None:
+    engine = make(normalization=normalization)
+    head, history = [65, 66], [1, 7, 3]
+    tokens = head + [t for i in history for t in SEQUENCES[i]]
+    starts = [2, 2 + len(SEQUENCES[1]), 2 + len(SEQUENCES[1]) + len(SEQUENCES[7])]
+    _, hidden = engine.forward(*batch([tokens, head]), torch.tensor([[0], [0]]))
+    found = engine.history_logprobs(hidden, torch.tensor([history, [-1] * 3]), torch.tensor([starts, [0] * 3]))
+    expected = [
+        item_logprob(engine.policy, tokens[:start], SEQUENCES, item, normalization)
+        for item, start in zip(history, starts, strict=True)
+    ]
+    torch.testing.assert_close(found[0], torch.stack(expected), atol=2e-5, rtol=1e-5)
+    assert found[1].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("normalization", ["trie", "vocab"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_beam_as_wide_as_the_catalogue_is_exhaustive(kind: str, normalization: str) -> None:
+    engine = make(kind, normalization)
+    found = beam_search(engine, engine.prefill(*batch(PROMPTS)), len(TITLES))
+    expected = reference(engine)
+    assert found.valid.all()
+    assert [sorted(row) for row in found.items.tolist()] == [list(range(len(TITLES)))] * 3
+    torch.testing.assert_close(found.scores, expected.sort(1, descending=True).values, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(found.scores, expected.gather(1, found.items), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("normalization", ["trie", "vocab"])
+@pytest.mark.parametrize("beams", [1, 3, 5])
+def test_a_narrow_beam_returns_true_scores_of_different_items(beams: int, normalization: str) -> None:
+    engine = make(normalization=normalization)
+    found = beam_search(engine, engine.prefill(*batch(PROMPTS)), beams)
+    assert found.items.shape == (3, beams)
+    assert found.valid.all()
+    assert all(len(set(row)) == beams for row in found.items.tolist())
+    torch.testing.assert_close(found.scores, reference(engine).gather(1, found.items), atol=2e-5, rtol=1e-5)
+    assert (found.scores.diff(dim=1) <= 0).all()
+
+
+@pytest.mark.parametrize("normalization", ["trie", "vocab"])
+def test_padding_does_not_matter(normalization: str) -> None:
+    engine = make(normalization=normalization)
+    together = beam_search(engine, engine.prefill(*batch(PROMPTS, width=20)), 6)
+    for b, prompt in enumerate(PROMPTS):
+        alone = beam_search(engine, engine.prefill(*batch([prompt])), 6)
+        assert together.items[b].tolist() == alone.items[0].tolist()
+        torch.testing.assert_close(together.scores[b], alone.scores[0], atol=2e-5, rtol=1e-5)
+
+
+def test_more_beams_than_items() -> None:
+    engine = make()
+    found = beam_search(engine, engine.prefill(*batch(PROMPTS)), 50)
+    assert found.items.shape == (3, len(TITLES))
+    assert found.valid.all()
+
+
+@pytest.mark.parametrize("normalization", ["trie", "vocab"])
+def test_random_catalogues(normalization: str) -> None:
+    policy = TinyPolicy(seed=3)
+    policy.build(torch.device("cpu"))
+    for seed in range(6):
+        rng = random.Random(seed)
+        sequences = [
+            [rng.randint(1, 4) for _ in range(rng.randint(1, 6))] + [0] for _ in range(rng.randint(1, 40))
+        ]
+        engine = TreeEngine(policy, Trie.from_sequences(sequences), normalization)
+        found = beam_search(engine, engine.prefill(*batch(PROMPTS[:2])), len(sequences))
+        with torch.no_grad():
+            expected = torch.stack([all_logprobs(policy, p, sequences, normalization) for p in PROMPTS[:2]])
+        torch.testing.assert_close(found.scores, expected.sort(1, descending=True).values, atol=2e-5, rtol=1e-5)
+        assert [sorted(row) for row in found.items.tolist()] == [list(range(len(sequences)))] * 2
+
+
+def test_a_single_item_is_certain() -> None:
+    engine = TreeEngine(make().policy, Trie.from_sequences([[5, 6, 256]]), "trie")
+    found = beam_search(engine, engine.prefill(*batch(PROMPTS)), 4)
+    assert found.items.tolist() == [[0]] * 3
+    assert found.scores.tolist() == [[0.0]] * 3
+
+
+def test_bfloat16_model_is_close() -> None:
+    engine = make()
+    expected = reference(engine)
+    engine.policy.model = copy.deepcopy(engine.policy.model).bfloat16()
+    scores, _ = engine.forward(*batch(PROMPTS), torch.arange(len(TITLES)).expand(3, -1))
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, expected, atol=0.15, rtol=0.05)
+
+
+def test_a_model_that_caps_its_logits_is_refused() -> None:
+    policy = Shape("llama")
+    plain = policy.fresh.forward
+    policy.fresh.forward = lambda **kwargs: SimpleNamespace(logits=torch.tanh(plain(**kwargs).logits) * 0.1)
+    with pytest.raises(Exception, match="output head"):
+        policy.build(torch.device("cpu"))
