@@ -1,0 +1,184 @@
+"""Finds the negatives that policy optimisation trains on: the best items of each train row under the policy itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+from tqdm import tqdm
+
+from recsys.module import Recommender
+from recsys.objectives import GRPO
+from recsys.search import beam_search
+from recsys.types import Batch, Groups, UserError
+
+
+class BeamNegatives(Callback):
+    """Refreshes the group (the positive and n negatives) of each row that an epoch trains on.
+
+    The positive is never among its own negatives, nor is an item with the same title. Groups are kept with their
+    log-probabilities under the policy that made them, travel in checkpoints, and are made by all processes together.
+
+    Args:
+        num_negatives: n, negatives per row.
+        mode: ``beam`` takes the policy's best items, ``random`` uniform ones, ``mixed`` half and half.
+        every_n_epochs: Epochs between refreshes.
+        every_n_steps: Refresh also within an epoch, after so many optimiser steps; null for never.
+        batch_size: Rows searched together.
+    """
+
+    def __init__(
+        self,
+        num_negatives: int = 31,
+        mode: Literal["beam", "random", "mixed"] = "beam",
+        every_n_epochs: int = 1,
+        every_n_steps: int | None = None,
+        batch_size: int = 16,
+    ) -> None:
+        if num_negatives < 1 or every_n_epochs < 1 or batch_size < 1 or (every_n_steps or 1) < 1:
+            raise UserError("BeamNegatives: num_negatives, every_n_epochs, every_n_steps, batch_size must be at least 1")
+        self.num_negatives = num_negatives
+        self.num_beam = {"beam": num_negatives, "random": 0, "mixed": (num_negatives + 1) // 2}[mode]
+        self.every_n_epochs = every_n_epochs
+        self.every_n_steps = every_n_steps
+        self.batch_size = batch_size
+        self.groups: Groups | None = None
+        self.start: dict[str, Tensor] | None = None  # trained weights at the first refresh: the KL term's reference
+
+    # ---- when -------------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: Trainer, pl_module: Recommender) -> None:  # type: ignore[override]
+        """Check the sizes, and hand over the groups of a checkpoint."""
+        trie = pl_module.engine.trie
+        if self.num_negatives > trie.num_items - trie.max_duplicates:
+            raise UserError(
+                f"BeamNegatives: num_negatives is {self.num_negatives}, but the catalogue of {trie.num_items} items has "
+                "too few that can be a negative"
+            )
+        if self.groups is not None:
+            self.groups = pl_module.groups = _moved(self.groups, pl_module.device)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Recommender) -> None:  # type: ignore[override]
+        """Refresh the rows of the epochs up to the next refresh."""
+        epoch = trainer.current_epoch
+        if pl_module.trains_on_windows(epoch) or (epoch - pl_module.warm_start_epochs) % self.every_n_epochs:
+            return
+        epochs = range(epoch, epoch + self.every_n_epochs)
+        rows = np.unique(np.concatenate([trainer.datamodule.train_rows(e) for e in epochs]))
+        self.refresh(trainer, pl_module, rows)
+
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: Trainer, pl_module: Recommender, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Refresh the present rows every n steps."""
+        due = self.every_n_steps and (batch_idx + 1) % (self.every_n_steps * trainer.accumulate_grad_batches) == 0
+        if due and self.groups is not None and batch_idx + 1 < trainer.num_training_batches:
+            self.refresh(trainer, pl_module, self.groups.row.cpu().numpy())
+
+    # ---- what -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def refresh(self, trainer: Trainer, module: Recommender, rows: np.ndarray) -> None:
+        """Make the groups of ``rows`` under the present policy, and log time, recall of positives and overlap."""
+        began = time.perf_counter()
+        generator = torch.Generator(module.device)
+        generator.manual_seed(torch.initial_seed() + 1_000_003 * trainer.global_step + trainer.global_rank)
+        module.eval()
+        parts = []
+        for batch in self._batches(trainer, module, rows, "negatives"):
+            prompt = module.engine.prefill(batch.tokens, batch.length)
+            negatives, found = self._negatives(module, prompt, batch.target, generator)
+            items = torch.cat([batch.target[:, None], negatives], 1)
+            parts.append((batch.row, items, module.engine.score(prompt, items), found))
+        row, items, behaviour, found = (_gathered(trainer, column) for column in zip(*parts, strict=True))
+        order = row.argsort()[(row < 0).sum() :]  # fillers first
+        groups = Groups(row[order], items[order], behaviour[order], None)
+        objective = module.objective_at(trainer.current_epoch)
+        if isinstance(objective, GRPO) and objective.kl_coef:
+            groups.reference = self._reference(trainer, module, groups)
+        module.train()
+
+        log = {"seconds": time.perf_counter() - began, "rows": float(len(groups.row))}
+        if self.num_beam:
+            log["positive_found"] = found[order].float().mean().item()
+        if self.groups is not None and (overlap := _overlap(self.groups, groups)) is not None:
+            log["overlap"] = overlap
+        for logger in trainer.loggers:
+            logger.log_metrics({f"negatives/{name}": value for name, value in log.items()}, step=trainer.global_step)
+        self.groups = module.groups = groups
+
+    def _negatives(
+        self, module: Recommender, prompt: Any, target: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Return n negatives ``[B, n]``, and whether the search found the positive ``[B]``."""
+        engine, trie = module.engine, module.engine.trie
+        negatives = target.new_zeros(len(target), 0)
+        found = torch.zeros_like(target, dtype=torch.bool)
+        if self.num_beam:
+            ranking = beam_search(engine, prompt, self.num_beam + trie.max_duplicates)
+            found = ((ranking.items == target[:, None]) & ranking.valid).any(1)
+            other = ranking.valid & (trie.leaf[ranking.items] != trie.leaf[target][:, None])
+            best = other.int().argsort(dim=1, descending=True, stable=True)[:, : self.num_beam]
+            negatives = ranking.items.gather(1, best)
+        if self.num_beam < self.num_negatives:
+            key = torch.rand(len(target), trie.num_items, device=target.device, generator=generator)
+            key = key.masked_fill(trie.leaf == trie.leaf[target][:, None], -1).scatter(1, negatives, -1.0)
+            uniform = key.topk(self.num_negatives - self.num_beam).indices
+            negatives = torch.cat([negatives, uniform], 1)
+        return negatives, found
+
+    def _reference(self, trainer: Trainer, module: Recommender, groups: Groups) -> Tensor:
+        """Return the groups' log-probabilities ``[R, G]`` under the policy at the first refresh."""
+        if self.start is None:
+            self.start = module.policy.snapshot()
+            return groups.behaviour.clone()
+        parts = []
+        with module.policy.using(self.start):
+            for batch in self._batches(trainer, module, groups.row.cpu().numpy(), "reference"):
+                prompt = module.engine.prefill(batch.tokens, batch.length)
+                scores = module.engine.score(prompt, groups.items[groups.find(batch.row.clamp(min=0))])
+                parts.append((batch.row, scores))
+        row, scores = (_gathered(trainer, column) for column in zip(*parts, strict=True))
+        return scores[row.argsort()[(row < 0).sum() :]]
+
+    def _batches(self, trainer: Trainer, module: Recommender, rows: np.ndarray, title: str) -> Iterable[Batch]:
+        loader = trainer.datamodule.batches(rows, self.batch_size, None, trainer.global_rank, trainer.world_size)
+        shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
+        for batch in tqdm(loader, desc=title, leave=False, disable=not shown):
+            yield batch.to(module.device)
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the groups and the KL reference, so that a resumed run trains on what it would have."""
+        return {"groups": self.groups and vars(self.groups), "start": self.start}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`."""
+        self.groups = state_dict["groups"] and Groups(**state_dict["groups"])
+        self.start = state_dict["start"]
+
+
+def _moved(groups: Groups, device: torch.device) -> Groups:
+    return Groups(**{name: tensor if tensor is None else tensor.to(device) for name, tensor in vars(groups).items()})
+
+
+def _gathered(trainer: Trainer, parts: tuple[Tensor, ...]) -> Tensor:
+    """Join the batches, which are equally many on every process, and then the processes."""
+    joined = trainer.strategy.all_gather(torch.cat(parts))
+    return joined.flatten(0, 1) if trainer.world_size > 1 else joined
+
+
+def _overlap(old: Groups, new: Groups) -> float | None:
+    """Return the share of negatives that the rows in both had before, or None if no row is in both."""
+    index = torch.searchsorted(old.row, new.row).clamp(max=len(old.row) - 1)
+    both = old.row[index] == new.row
+    if not both.any() or old.items.shape[1] != new.items.shape[1]:
+        return None
+    before, after = old.items[index[both], 1:], new.items[both, 1:]
+    return torch.stack([torch.isin(a, b).float().mean() for a, b in zip(after, before, strict=True)]).mean().item()

@@ -1,0 +1,71 @@
+"""Writes the rankings of ``recsys predict`` to Parquet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+
+from recsys.search import Ranking
+from recsys.types import Batch, UserError
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Writes a file per process with a line for each row: user, target, top items and their scores.
+
+    Args:
+        folder: Receives ``part-<process>.parquet``; must not hold such files yet.
+        top: Items to write for each row; null for the whole list.
+    """
+
+    def __init__(self, folder: str = "predictions", top: int | None = None) -> None:
+        super().__init__(write_interval="batch")
+        self.folder = Path(folder)
+        self.top = top
+        self._frames: list[pd.DataFrame] = []
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse to overwrite."""
+        if self._path(trainer).exists():
+            raise UserError(f"{self._path(trainer)} exists already: move it away or set PredictionWriter's folder")
+
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: Ranking,
+        batch_indices: Sequence[int] | None,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Translate a batch to the source's ids."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        ids = np.array(data.catalog.item_ids)
+        lines = []
+        for i in np.flatnonzero(batch.row.cpu().numpy() >= 0):
+            row, valid = int(batch.row[i]), prediction.valid[i].cpu().numpy()
+            lines.append(
+                {
+                    "row": row,
+                    "user_id": data.user_ids[data.histories.users[row]],
+                    "target_item_id": ids[data.histories.items[row]],
+                    "item_ids": ids[prediction.items[i].cpu().numpy()[valid]][: self.top].tolist(),
+                    "scores": prediction.scores[i].cpu().numpy()[valid][: self.top].tolist(),
+                }
+            )
+        self._frames.append(pd.DataFrame(lines))
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the file."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        pd.concat(self._frames, ignore_index=True).to_parquet(self._path(trainer))
+        print(f"wrote {self._path(trainer)}")
+
+    def _path(self, trainer: Trainer) -> Path:
+        return self.folder / f"part-{trainer.global_rank:03d}.parquet"

@@ -1,0 +1,221 @@
+"""What a run shows of its rankings: a figure and examples in TensorBoard, ranks in Parquet, and a closing table."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from recsys.functional import window_bounds
+from recsys.module import Recommender
+from recsys.types import Batch
+
+
+@dataclass
+class Validation:
+    """One validation of the policy."""
+
+    phase: str
+    step: int
+    row: np.ndarray  # [R] row ids, ascending
+    values: dict[str, np.ndarray]  # each metric's [R]
+    train_seconds: float  # since the validation before
+    seconds: float
+
+    def mean(self, metric: str) -> float:
+        """Return the metric over all rows."""
+        return float(self.values[metric].mean())
+
+
+class RankingReport(Callback):
+    """Reports every validation, the one of the untrained policy (Lightning's sanity check) included.
+
+    TensorBoard gets the low end of the ROC curve with the window and the cut-offs, and a table of a few users'
+    histories, targets and top items. ``<log folder>/ranks/`` gets each row's rank and metrics as Parquet, for
+    significance tests. When training ends, a table compares start, warm start and end with paired bootstrap intervals.
+
+    Args:
+        examples: Users in the text table.
+        top: Items listed for each of them.
+        resamples: Bootstrap resamples of the rows.
+    """
+
+    def __init__(self, examples: int = 5, top: int = 5, resamples: int = 2000) -> None:
+        self.examples = examples
+        self.top = top
+        self.resamples = resamples
+        self.validations: list[Validation] = []
+        self._outputs: list[dict[str, Tensor]] = []
+        self._began = 0.0  # of the present validation
+        self._ended = time.perf_counter()  # of the last one
+
+    # ---- each validation --------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: Recommender) -> None:  # type: ignore[override]
+        """Start the clock."""
+        self._outputs = []
+        self._began = time.perf_counter()
+
+    def on_validation_batch_end(  # type: ignore[override]
+        self,
+        trainer: Trainer,
+        pl_module: Recommender,
+        outputs: dict[str, Tensor],
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep what each row got."""
+        items = outputs["items"][:, : self.top]
+        self._outputs.append({k: v.cpu() for k, v in {**outputs, "items": items}.items()})
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Recommender) -> None:  # type: ignore[override]
+        """Write figure, examples and ranks."""
+        result = self._collect(trainer, pl_module)
+        items = result.values.pop("items")
+        self.validations.append(result)
+        self._ended = time.perf_counter()
+        if not trainer.is_global_zero:
+            return
+        if trainer.sanity_checking:  # Lightning does not log it
+            for logger in trainer.loggers:
+                logger.log_metrics({f"val/{k}": result.mean(k) for k in result.values if k != "rank"}, result.step)
+        self._write_ranks(trainer, result)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_figure("val/roc", roc_figure(result, pl_module), result.step)
+                text = self._examples(trainer, result.row, items)
+                logger.experiment.add_text("val/examples", text, result.step)
+
+    def _collect(self, trainer: Trainer, module: Recommender) -> Validation:
+        """Join the batches and processes, in the order of the rows."""
+        values = {k: torch.cat([out[k] for out in self._outputs]).numpy() for k in self._outputs[0]}
+        if trainer.world_size > 1:
+            parts: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(parts, values)
+            values = {k: np.concatenate([part[k] for part in parts]) for k in values}
+        order = values["row"].argsort()
+        row = values.pop("row")[order]
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            phase = "start"
+        else:
+            warm = trainer.current_epoch < module.warm_start_epochs
+            phase = "warm start" if warm else type(module.objective_at(trainer.current_epoch)).__name__
+        return Validation(
+            phase=phase,
+            step=trainer.global_step,
+            row=row,
+            values={k: v[order] for k, v in values.items()},
+            train_seconds=self._began - self._ended,
+            seconds=time.perf_counter() - self._began,
+        )
+
+    def _write_ranks(self, trainer: Trainer, result: Validation) -> None:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        histories, catalog = data.histories, data.catalog
+        frame = pd.DataFrame(
+            {
+                "row": result.row,
+                "user_id": data.user_ids[histories.users[result.row]],
+                "item_id": np.array(catalog.item_ids)[histories.items[result.row]],
+                **result.values,
+            }
+        )
+        folder = Path(trainer.log_dir or trainer.default_root_dir) / "ranks"
+        folder.mkdir(parents=True, exist_ok=True)
+        frame.to_parquet(folder / f"{trainer.state.stage.value}-step{result.step}.parquet")
+
+    def _examples(self, trainer: Trainer, row: np.ndarray, items: np.ndarray) -> str:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        titles = data.catalog.titles
+        lines = ["| user | history (newest last) | target | top items |", "|---|---|---|---|"]
+        for r, best in list(zip(row, items, strict=True))[:: max(1, len(row) // self.examples)][: self.examples]:
+            history = "; ".join(titles[i] for i in data.histories.history(r, self.top))
+            target = data.histories.items[r]
+            top = "; ".join(f"**{titles[i]}**" if i == target else titles[i] for i in best)
+            user = data.user_ids[data.histories.users[r]]
+            lines.append("|" + "|".join(str(c).replace("|", "\\|") for c in (user, history, titles[target], top)) + "|")
+        return "\n".join(lines)
+
+    # ---- the end ----------------------------------------------------------------------------------------------
+
+    def on_fit_end(self, trainer: Trainer, pl_module: Recommender) -> None:  # type: ignore[override]
+        """Print the closing table."""
+        if trainer.is_global_zero and self.validations:
+            print(closing_table(self.validations, pl_module.cutoffs, self.resamples), flush=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the validations so far: a resumed run still compares with its start."""
+        return {"validations": [vars(v) for v in self.validations]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`."""
+        self.validations = [Validation(**v) for v in state_dict["validations"]]
+
+
+def roc_figure(result: Validation, module: Recommender) -> Figure:
+    """Plot the share of rows whose positive is beaten by at most x negatives, up to the end of the ranked list."""
+    beaten = result.values["rank"] - 1
+    listed = min(module.beams, module.num_negatives + 1) - 1
+    x = np.arange(listed + 1)
+    rate = (beaten[None] <= x[:, None]).mean(1)
+    a, b = window_bounds(module.alpha, module.d, module.num_negatives)
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.step(x, rate, where="post", color="C0", label="ROC curve")
+    axes.fill_between(x, rate, step="post", where=(x >= a) & (x <= b), color="C1", alpha=0.35, linewidth=0)
+    label = f"window: WPAUC = {result.mean('wpauc'):.4f}"
+    axes.axvspan(a, b, color="C1", alpha=0.15, linewidth=0, label=label)
+    for k in module.cutoffs:
+        axes.plot(k - 1, rate[k - 1], "o", color="C3", markersize=4)
+        axes.annotate(f"K={k}", (k - 1, rate[k - 1]), textcoords="offset points", xytext=(4, -11), fontsize=8)
+    axes.set(xlim=(0, listed), ylim=(0, None), ylabel="true positive rate (Recall@x+1)")
+    axes.set_xlabel("negatives above the positive, x")
+    top = axes.secondary_xaxis("top", (lambda n: n / module.num_negatives, lambda f: f * module.num_negatives))
+    top.set_xlabel("false positive rate")
+    axes.set_title(f"{result.phase}, step {result.step}, {len(result.row)} rows", fontsize=10)
+    axes.legend(loc="upper left", fontsize=8)
+    return figure
+
+
+def bootstrap_interval(difference: np.ndarray, resamples: int, seed: int = 0) -> tuple[float, float]:
+    """Return the 95 % percentile interval of the mean of ``difference [R]`` over resampled rows."""
+    rng = np.random.default_rng(seed)
+    means = [difference[rng.integers(len(difference), size=len(difference))].mean() for _ in range(resamples)]
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def closing_table(validations: list[Validation], cutoffs: tuple[int, ...], resamples: int) -> str:
+    """Return the table of the first validation, the last of each phase, and the paired differences from the end."""
+    last_of_phase = {v.phase: v for v in validations}
+    shown = list(last_of_phase.values())
+    names = [f"recall@{k}" for k in cutoffs] + [f"ndcg@{k}" for k in cutoffs] + ["wpauc"]
+    trained = {p: sum(v.train_seconds for v in validations if v.phase == p) for p in last_of_phase}
+    validated = {p: sum(v.seconds for v in validations if v.phase == p) for p in last_of_phase}
+    header = ["validation after", "rows", *names, "train s", "val s"]
+    lines = [header]
+    for v in shown:
+        times = ["-" if v is validations[0] else f"{trained[v.phase]:.0f}", f"{validated[v.phase]:.0f}"]
+        lines.append([v.phase, str(len(v.row)), *(f"{v.mean(n):.4f}" for n in names), *times])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    text = ["", *("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines), ""]
+    end, compared = shown[-1], [n for n in ("recall@10", "wpauc") if n in names]
+    for before in shown[:-1]:
+        for name in compared:
+            difference = end.values[name] - before.values[name]
+            low, high = bootstrap_interval(difference, resamples)
+            text.append(
+                f"{name}: {end.phase} - {before.phase} = {difference.mean():+.4f} "
+                f"[{low:+.4f}, {high:+.4f}] (paired bootstrap over {len(difference)} rows, 95 %)"
+            )
+    return "\n".join(text)

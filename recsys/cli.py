@@ -1,0 +1,85 @@
+"""The ``recsys`` command: ``fit``, ``validate``, ``test`` and ``predict`` on LightningCLI."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from recsys.data import HistoryDataModule
+from recsys.module import Recommender
+from recsys.types import UserError
+
+
+class SaveConfig(SaveConfigCallback):
+    """Saves the run's whole config as ``config.yaml`` in its log folder, and logs it as hyperparameters."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Log the model's and the data's settings, flattened, to every logger."""
+        config = self.parser.dump(self.config, skip_none=False, format="parser_mode")
+        import yaml
+
+        settings = yaml.safe_load(config)
+        flat = _flatten({k: settings[k] for k in ("model", "data", "seed_everything") if k in settings})
+        for logger in trainer.loggers:
+            logger.log_hyperparams(flat)
+
+
+class RecsysCLI(LightningCLI):
+    """LightningCLI with the trainer settings that the data module needs, and checks before anything starts."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Set defaults that every run needs."""
+        parser.set_defaults(
+            {
+                "trainer.reload_dataloaders_every_n_epochs": 1,  # each epoch draws its rows
+                "trainer.use_distributed_sampler": False,  # the data module divides rows among processes
+                "trainer.num_sanity_val_steps": -1,  # validate the untrained policy on all rows
+            }
+        )
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse a checkpoint path that does not exist."""
+        path = self.config[self.subcommand].get("ckpt_path") if self.subcommand else None
+        if path and path not in ("last", "best", "hpc", "registry") and not Path(path).is_file():
+            raise UserError(f"ckpt_path: no such file: {path}")
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line.
+
+    Args:
+        args: Arguments; those of the process by default.
+
+    Raises:
+        SystemExit: with code 1 and one line on stderr for a mistake in the input, code 2 for one in the arguments.
+    """
+    try:
+        RecsysCLI(
+            Recommender,
+            HistoryDataModule,
+            args=args,
+            save_config_callback=SaveConfig,
+            subclass_mode_model=False,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            parser_kwargs={"description": "Train and evaluate LLM recommenders on windowed partial AUC."},
+        )
+    except UserError as error:
+        print(f"recsys: error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        flat |= _flatten(value, f"{name}/") if isinstance(value, dict) else {name: value}
+    return flat
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""From interactions and titles to batches: sources -> catalogue and histories -> prompts -> data module."""
+
+from recsys.data.batches import BatchDataset, ResumableLoader, plan_batches
+from recsys.data.catalog import Catalog
+from recsys.data.datamodule import HistoryDataModule
+from recsys.data.histories import Histories
+from recsys.data.prompts import EncodedPrompt, PromptEncoder, PromptTemplate
+from recsys.data.sources import Columns, MovieLens100K, Source, Table, Tables
+
+__all__ = [
+    "BatchDataset",
+    "Catalog",
+    "Columns",
+    "EncodedPrompt",
+    "Histories",
+    "HistoryDataModule",
+    "MovieLens100K",
+    "PromptEncoder",
+    "PromptTemplate",
+    "ResumableLoader",
+    "Source",
+    "Table",
+    "Tables",
+    "plan_batches",
+]

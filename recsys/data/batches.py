@@ -1,0 +1,145 @@
+"""Cutting rows into batches of similar prompt length, and building those batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, SequentialSampler
+
+from recsys.data.histories import Histories
+from recsys.data.prompts import PromptEncoder
+from recsys.types import Batch, UserError
+
+_CHUNK = 100  # batches of a rank whose rows are sorted by length together; more would pad less but mix rows less
+
+
+def plan_batches(
+    rows: np.ndarray,
+    lengths: np.ndarray,
+    batch_size: int,
+    shuffle_seed: list[int] | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> list[np.ndarray]:
+    """Cut rows into batches of similar length for one process; every process gets the same number of batches.
+
+    The batches differ in size by one row at most, so no row has to be repeated. Only where the processes outnumber the
+    rows that are left, a row is repeated: as another row when shuffling, as a filler ``~row`` (below 0) otherwise.
+
+    Args:
+        rows: [R] int64 row ids, R >= 1.
+        lengths: [R] tokens of each row's prompt.
+        batch_size: Most rows in a batch.
+        shuffle_seed: Integers that determine the order; None sorts all rows by length, longest first.
+        rank: This process.
+        world_size: Number of processes. In each step they get batches of similar length.
+
+    Returns:
+        Arrays of at most ``batch_size`` row ids.
+    """
+    steps = -(-len(rows) // (batch_size * world_size))
+    batches = steps * world_size
+    slots = max(len(rows), batches)
+    edges = np.arange(batches + 1) * slots // batches
+    if shuffle_seed is None:
+        longest_first = np.argsort(-lengths, kind="stable")  # too large a batch fails at once, not after hours
+        order = rows[longest_first]
+        order = np.concatenate([order, ~np.resize(order, slots - len(rows))])
+        step_order = np.arange(steps)
+    else:
+        rng = np.random.default_rng(shuffle_seed)
+        order = np.resize(rng.permutation(len(rows)), slots)
+        for step in range(0, steps, _CHUNK):
+            chunk = slice(edges[step * world_size], edges[min(step + _CHUNK, steps) * world_size])
+            order[chunk] = order[chunk][np.argsort(lengths[order[chunk]], kind="stable")]
+        order = rows[order]
+        step_order = rng.permutation(steps)
+    return [order[edges[i] : edges[i + 1]] for i in step_order * world_size + rank]
+
+
+class BatchDataset(Dataset[Batch]):
+    """Builds the batches of a plan one at a time; the loader's items are batches, so it needs no collate function.
+
+    Args:
+        histories: The events that rows point into.
+        encoder: Makes the prompts.
+        plan: Row ids of each batch, as :func:`plan_batches` returns them.
+    """
+
+    def __init__(self, histories: Histories, encoder: PromptEncoder, plan: list[np.ndarray]) -> None:
+        self.histories = histories
+        self.encoder = encoder
+        self.plan = plan
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, index: int) -> Batch:
+        rows = self.plan[index]
+        events = np.where(rows < 0, ~rows, rows)
+        prompts = [self.encoder.encode(self.histories.history(event, self.encoder.max_history)) for event in events]
+        return Batch(
+            row=torch.from_numpy(np.maximum(rows, -1)),
+            tokens=_pad([prompt.tokens for prompt in prompts], 0),
+            length=torch.tensor([len(prompt.tokens) for prompt in prompts]),
+            history=_pad([prompt.history for prompt in prompts], -1),
+            history_start=_pad([prompt.starts for prompt in prompts], -1),
+            target=torch.from_numpy(self.histories.items[events]),
+        )
+
+
+def _pad(lists: list[list[int]], value: int) -> torch.Tensor:
+    """Stack lists into [B, longest] int64, padded on the right."""
+    padded = np.full((len(lists), max(map(len, lists))), value, dtype=np.int64)
+    for row, numbers in zip(padded, lists, strict=True):
+        row[: len(numbers)] = numbers
+    return torch.from_numpy(padded)
+
+
+class _RemainingBatches(SequentialSampler):
+    """Batch numbers from ``start`` on, while the length stays that of the whole epoch."""
+
+    start = 0
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.start, len(self)))
+
+
+class ResumableLoader(DataLoader[Batch]):
+    """The batches of one training epoch; a run that resumes inside the epoch gets exactly those still to do.
+
+    Lightning stores ``state_dict`` in checkpoints and hands it to the first loader of a resumed run. ``len`` counts the
+    epoch's batches, those already done included, because Lightning adds these to the ones it fetches.
+
+    Args:
+        dataset: The epoch's batches, the same ones in every run.
+        trainer: The Lightning trainer, which counts the batches done.
+        kwargs: Further arguments of ``DataLoader``.
+    """
+
+    def __init__(self, dataset: BatchDataset, trainer: Any, **kwargs: Any) -> None:
+        self.trainer = trainer
+        self._remaining = _RemainingBatches(dataset)
+        super().__init__(dataset, **{"batch_size": None, "sampler": self._remaining, **kwargs})
+
+    def state_dict(self) -> dict[str, int]:
+        """Number of batches that were trained on, and of all."""
+        # `processed` is right wherever a checkpoint is saved: `completed` lags behind in `on_train_batch_end`, and a
+        # failed step has only been counted as `ready`.
+        return {"done": self.trainer.fit_loop.epoch_loop.batch_progress.current.processed, "all": len(self)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Skip the batches that were done.
+
+        Raises:
+            UserError: The epoch was left unfinished with another number of batches.
+        """
+        if state["done"] < state["all"] != len(self):
+            raise UserError(
+                f"the checkpoint was saved after batch {state['done']} of an epoch of {state['all']} batches, but the "
+                f"epoch now has {len(self)}; resume with the same data, batch sizes and number of processes"
+            )
+        self._remaining.start = state["done"]

@@ -1,0 +1,209 @@
+"""The data module: loads a source, splits it into rows, and serves batches to training, search and evaluation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DataLoader
+
+from recsys.data.batches import BatchDataset, ResumableLoader, plan_batches
+from recsys.data.catalog import Catalog
+from recsys.data.histories import Histories, Split
+from recsys.data.prompts import PromptEncoder, PromptTemplate
+from recsys.data.sources import Columns, Source
+from recsys.types import Batch, UserError
+
+
+class HistoryDataModule(LightningDataModule):
+    """Rows (history -> target) of one source in batches of similar prompt length.
+
+    The Lightning module provides ``tokenizer``, ready before its ``setup``, and ``trains_on_windows(epoch) -> bool``:
+    whether an epoch trains on windows (supervised, a loss on every title) or on rows (policy optimisation).
+
+    The trainer needs ``reload_dataloaders_every_n_epochs=1`` and ``use_distributed_sampler=False``.
+
+    Args:
+        source: Where interactions and titles come from.
+        prompt: The prompt's text and how much history it holds.
+        split: ``temporal`` cuts all rows 80/10/10 by time; ``leave_one_out`` tests on each user's last event.
+        batch_size: Most rows in a batch of policy optimisation, on each device.
+        window_batch_size: Most windows in a batch of supervised training, on each device.
+        eval_batch_size: Most rows in a batch of validation, test and prediction, on each device.
+        rows_per_epoch: Train rows drawn anew for each epoch, without replacement; null uses all.
+        windows_per_epoch: Windows drawn anew for each epoch, without replacement; null uses all.
+        val_rows: Validation rows, spread evenly over the split's time; null uses all.
+        test_rows: Test and prediction rows, spread evenly over the split's time; null uses all.
+        num_workers: Processes that build batches; 0 builds them in the main process.
+        seed: Determines, with the epoch's number, the rows drawn and their order.
+
+    Attributes:
+        catalog: The items; after ``load``.
+        histories: The events and rows; after ``load``.
+        user_ids: The source's id of each user in ``histories.users``; after ``load``.
+        item_tokens: Token ids of each item, the end included; after ``setup``.
+        encoder: Makes prompts; after ``setup``.
+
+    Raises:
+        UserError: A number is below 1 (``num_workers`` and ``seed``: below 0).
+    """
+
+    catalog: Catalog
+    histories: Histories
+    user_ids: pd.Index
+    item_tokens: list[list[int]]
+    encoder: PromptEncoder
+
+    def __init__(
+        self,
+        source: Source,
+        prompt: PromptTemplate,
+        split: Split = "temporal",
+        batch_size: int = 16,
+        window_batch_size: int = 8,
+        eval_batch_size: int = 16,
+        rows_per_epoch: int | None = None,
+        windows_per_epoch: int | None = None,
+        val_rows: int | None = None,
+        test_rows: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        at_least_1 = {
+            "batch_size": batch_size,
+            "window_batch_size": window_batch_size,
+            "eval_batch_size": eval_batch_size,
+            "rows_per_epoch": rows_per_epoch,
+            "windows_per_epoch": windows_per_epoch,
+            "val_rows": val_rows,
+            "test_rows": test_rows,
+        }
+        for name, value in at_least_1.items():
+            if value is not None and value < 1:
+                raise UserError(f"data.{name} must be at least 1, but it is {value}")
+        for name, value in {"num_workers": num_workers, "seed": seed}.items():
+            if value < 0:
+                raise UserError(f"data.{name} must be at least 0, but it is {value}")
+        self.source = source
+        self.prompt = prompt
+        self.split = split
+        self.batch_size = batch_size
+        self.window_batch_size = window_batch_size
+        self.eval_batch_size = eval_batch_size
+        self.rows_per_epoch = rows_per_epoch
+        self.windows_per_epoch = windows_per_epoch
+        self.val_rows = val_rows
+        self.test_rows = test_rows
+        self.num_workers = num_workers
+        self.seed = seed
+
+    def load(self) -> None:
+        """Load the source, build ``catalog`` and ``histories`` and report the counts; does nothing a second time.
+
+        Raises:
+            UserError: The source's, or those of :class:`recsys.data.Histories`.
+        """
+        if hasattr(self, "histories"):
+            return
+        tables = self.source.load()
+        self.catalog = Catalog(tables.items[Columns.ITEM].tolist(), tables.items[Columns.TITLE].tolist())
+        user, self.user_ids = pd.factorize(tables.interactions[Columns.USER])
+        item = self.catalog.index_of(tables.interactions[Columns.ITEM])
+        self.histories = Histories(user, item, tables.interactions[Columns.TIME].to_numpy(), self.split)
+        counts = {"items": len(self.catalog)} | self.histories.describe()
+        shown = (f"{name} {n:.3f}" if isinstance(n, float) else f"{name} {n:,}" for name, n in counts.items())
+        rank_zero_info(f"Data: {', '.join(shown)}")
+
+    def setup(self, stage: str) -> None:
+        """Load, then tokenise the catalogue with the Lightning module's tokenizer.
+
+        Raises:
+            UserError: The trainer's settings do not fit this module, or a title or the template cannot be used.
+        """
+        trainer: Any = self.trainer
+        if stage == "fit" and trainer.reload_dataloaders_every_n_epochs != 1:
+            raise UserError("set trainer.reload_dataloaders_every_n_epochs to 1: each epoch draws its own rows")
+        if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
+            raise UserError(
+                "set trainer.use_distributed_sampler to false: the data module divides rows among processes"
+            )
+        self.load()
+        tokenizer = trainer.lightning_module.tokenizer
+        self.item_tokens = self.catalog.tokenize(tokenizer, self.prompt.end)
+        self.encoder = PromptEncoder(tokenizer, self.item_tokens, self.prompt)
+
+    def train_rows(self, epoch: int) -> np.ndarray:
+        """Rows of policy optimisation in one epoch: [R] int64 event indices."""
+        return self._draw(self.histories.train, self.rows_per_epoch, epoch)
+
+    def window_rows(self, epoch: int) -> np.ndarray:
+        """Rows of supervised training in one epoch, whose histories and targets do not overlap: [R] int64."""
+        return self._draw(self.histories.windows(self.prompt.max_history), self.windows_per_epoch, epoch)
+
+    def _draw(self, rows: np.ndarray, count: int | None, epoch: int) -> np.ndarray:
+        if count is None or count >= len(rows):
+            return rows
+        return np.random.default_rng([self.seed, epoch]).choice(rows, count, replace=False)
+
+    def batches(
+        self,
+        rows: np.ndarray,
+        batch_size: int,
+        shuffle_seed: list[int] | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> DataLoader[Batch]:
+        """Loader of one process's share of ``rows``, as :func:`recsys.data.batches.plan_batches` divides them.
+
+        Args:
+            rows: [R] int64 event indices.
+            batch_size: Most rows in a batch.
+            shuffle_seed: Integers that determine the order; None sorts by length, and a row that another process has
+                already got then carries ``row`` -1.
+            rank: This process.
+            world_size: Number of processes.
+        """
+        dataset = self._dataset(rows, batch_size, shuffle_seed, rank, world_size)
+        return DataLoader(dataset, batch_size=None, num_workers=self.num_workers)
+
+    def train_dataloader(self) -> ResumableLoader:
+        """The current epoch's windows or rows; a run that resumes inside the epoch continues with the next batch."""
+        trainer: Any = self.trainer
+        epoch = trainer.current_epoch
+        if trainer.lightning_module.trains_on_windows(epoch):
+            rows, batch_size = self.window_rows(epoch), self.window_batch_size
+        else:
+            rows, batch_size = self.train_rows(epoch), self.batch_size
+        dataset = self._dataset(rows, batch_size, [self.seed, epoch], trainer.global_rank, trainer.world_size)
+        return ResumableLoader(dataset, trainer, num_workers=self.num_workers)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """The validation rows."""
+        return self._evaluation(self.histories.val, self.val_rows)
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """The test rows."""
+        return self._evaluation(self.histories.test, self.test_rows)
+
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        """The test rows."""
+        return self.test_dataloader()
+
+    def _evaluation(self, rows: np.ndarray, count: int | None) -> DataLoader[Batch]:
+        assert self.trainer is not None
+        count = min(count or len(rows), len(rows))
+        spread = rows[np.arange(count) * len(rows) // count]  # rows are in the order of time
+        return self.batches(
+            spread, self.eval_batch_size, rank=self.trainer.global_rank, world_size=self.trainer.world_size
+        )
+
+    def _dataset(
+        self, rows: np.ndarray, batch_size: int, shuffle_seed: list[int] | None, rank: int, world_size: int
+    ) -> BatchDataset:
+        lengths = self.encoder.lengths(self.histories, rows)
+        plan = plan_batches(rows, lengths, batch_size, shuffle_seed, rank, world_size)
+        return BatchDataset(self.histories, self.encoder, plan)

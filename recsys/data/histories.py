@@ -1,0 +1,114 @@
+"""Rows (history -> target) of a time-ordered interaction log, and their split into train, validation and test."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+
+from recsys.types import UserError
+
+Split = Literal["temporal", "leave_one_out"]
+
+
+class Histories:
+    """Events sorted by user, then time, then file order; a row is an event that has an earlier event of its user.
+
+    A row is named by its event's index. Its target is the event's item and its history the user's earlier events, so
+    no history holds its row's target event or a later one, and equal histories with different targets stay apart.
+
+    The temporal split sorts all rows by their target's time, then file order, and cuts them 80/10/10: no event of a
+    train row, history or target, is later than a validation target. Leave-one-out makes each user's last event a test
+    row, the one before a validation row and the others train rows: comparable with much published work, but train rows
+    then contain events that are later than other users' test targets.
+
+    Args:
+        user: [E] user of each event as an integer code, in file order.
+        item: [E] catalogue index of each event.
+        time: [E] time of each event, integers or floats.
+        split: How rows are divided.
+
+    Attributes:
+        users: [E] int64, user of each sorted event.
+        items: [E] int64, catalogue index of each sorted event.
+        user_start: [E] int64, index of the first event of the same user.
+        train: Train rows: event indices, int64, in the order of time, then file.
+        val: The same for validation rows.
+        test: The same for test rows.
+
+    Raises:
+        UserError: There are too few interactions for one row in each of train, validation and test.
+    """
+
+    def __init__(self, user: np.ndarray, item: np.ndarray, time: np.ndarray, split: Split = "temporal") -> None:
+        by_time = np.argsort(time, kind="stable")  # equal times keep the order of the file
+        by_user = np.argsort(user[by_time], kind="stable")  # [E] place in time of each event
+        order = by_time[by_user]
+        self.users = user[order].astype(np.int64)
+        self.items = item[order].astype(np.int64)
+        event = np.arange(len(order))
+        changes = self.users[1:] != self.users[:-1]
+        first = np.append(True, changes)[: len(order)]  # the cut matters when there is no event at all
+        last = np.append(changes, True)[: len(order)]
+        self.user_start = np.maximum.accumulate(np.where(first, event, 0))
+        time = time[order]
+        self._equal_times = int((~first[1:] & (time[1:] == time[:-1])).sum())
+
+        in_time = np.empty_like(by_user)  # [E] events in the order of time
+        in_time[by_user] = event
+        rows = in_time[~first[in_time]]
+        if split == "temporal":
+            held_out = max(1, len(rows) // 10)
+            parts = np.split(rows, [max(0, len(rows) - 2 * held_out), max(0, len(rows) - held_out)])
+        else:
+            is_test, is_val = last[rows], (~last & np.append(last[1:], False))[rows]
+            parts = [rows[~is_test & ~is_val], rows[is_val], rows[is_test]]
+        self.train, self.val, self.test = parts
+        if not all(map(len, parts)):
+            raise UserError(
+                f"{len(self.users)} interactions of {first.sum()} users make {len(rows)} rows with a history, of "
+                f"which the {split} split leaves {len(self.train)} for training, {len(self.val)} for validation and "
+                f"{len(self.test)} for test; each needs at least one, so provide users with more interactions"
+            )
+
+    def history_start(self, rows: np.ndarray, limit: int) -> np.ndarray:
+        """Index of the oldest of the ``limit`` events before each row, or of all if there are fewer: [R] int64."""
+        return np.maximum(self.user_start[rows], rows - limit)
+
+    def history(self, row: int, limit: int) -> np.ndarray:
+        """Catalogue indices of the ``limit`` newest events before one row, oldest first; fewer if there are fewer."""
+        return self.items[max(self.user_start[row], row - limit) : row]
+
+    def windows(self, size: int) -> np.ndarray:
+        """Train rows whose histories of ``size`` events and targets do not overlap, for a loss on every title.
+
+        Each user's windows are laid from the last train row backwards, so the oldest may be shorter.
+
+        Args:
+            size: Events of history in a window.
+
+        Returns:
+            [W] int64, event indices in ascending order.
+        """
+        rows = np.sort(self.train)
+        user_ends = np.flatnonzero(np.append(self.users[rows][1:] != self.users[rows][:-1], True))
+        newest = np.repeat(rows[user_ends], np.diff(user_ends, prepend=-1))  # the last train row of each row's user
+        return rows[(newest - rows) % (size + 1) == 0]
+
+    def describe(self) -> dict[str, int | float]:
+        """Counts of events, of what was dropped and of the rows; shares are fractions of the rows."""
+        position = np.arange(len(self.users)) - self.user_start  # of each event among its user's
+        users, rows = int((position == 0).sum()), int((position > 0).sum())
+        repeated = pd.Series(self.users * (self.items.max() + 1) + self.items).duplicated()
+        return {
+            "interactions": len(self.users),
+            "users": users,
+            "users_without_history": users - int((position == 1).sum()),
+            "rows": rows,
+            "train_rows": len(self.train),
+            "val_rows": len(self.val),
+            "test_rows": len(self.test),
+            "equal_time_share": self._equal_times / rows,
+            "target_in_history_share": int(repeated.sum()) / rows,
+        }

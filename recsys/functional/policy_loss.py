@@ -1,0 +1,78 @@
+"""The clipped policy loss and the divergence from the reference policy."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["kl_divergence", "policy_loss"]
+
+# exp() is used up to this log ratio, and its tangent from there on. The log-probability of a whole item is a sum over
+# tokens, so one stale item can reach a log ratio of 89, where float32 overflows and the loss turns into inf or NaN. The
+# tangent stays finite and, unlike clamping, keeps a gradient of the right sign.
+MAX_LOG_RATIO = 20.0
+
+
+def _expm1(x: Tensor) -> Tensor:
+    return torch.expm1(x.clamp(max=MAX_LOG_RATIO)) + math.exp(MAX_LOG_RATIO) * (x - MAX_LOG_RATIO).relu()
+
+
+def _log_ratio(name: str, numerator: Tensor, denominator: Tensor) -> Tensor:
+    if numerator.ndim != 2 or numerator.shape != denominator.shape:
+        raise ValueError(
+            f"{name} needs log-probabilities of one shape [B, G], "
+            f"got {list(numerator.shape)} and {list(denominator.shape)}"
+        )
+    # bfloat16 keeps 8 bits: at a log-probability of -100 its steps are 0.5, so differences need more
+    dtype = torch.promote_types(torch.promote_types(numerator.dtype, denominator.dtype), torch.float32)
+    return numerator.to(dtype) - denominator.to(dtype)
+
+
+def policy_loss(logprobs: Tensor, behaviour_logprobs: Tensor, advantages: Tensor, clip: float) -> Tensor:
+    """Clipped surrogate loss of PPO (arXiv 1707.06347, eq. 7), averaged over the group as in GRPO (arXiv 2402.03300).
+
+    loss = -mean_j min(ratio_j * A_j, clip(ratio_j, 1 - clip, 1 + clip) * A_j) with
+    ratio_j = exp(logprobs_j - behaviour_logprobs_j). One ratio per item: its log-probability is that of all its tokens.
+    The behaviour and the advantages are constants: the gradient reaches ``logprobs`` alone.
+
+    Args:
+        logprobs: [B, G], finite log-probabilities of the items under the current policy, in nats.
+        behaviour_logprobs: [B, G], the same under the policy that made the group.
+        advantages: [B, G].
+        clip: how far the ratio may leave 1 and still earn, > 0.
+
+    Returns:
+        [B], float64 for float64 log-probabilities, else float32.
+
+    Raises:
+        ValueError: shapes differ or are not 2-D, or ``clip`` <= 0.
+    """
+    if not clip > 0:
+        raise ValueError(f"clip must be greater than 0, got {clip}")
+    if advantages.shape != logprobs.shape:
+        raise ValueError(f"advantages must be {list(logprobs.shape)} as logprobs, got {list(advantages.shape)}")
+    ratio = 1 + _expm1(_log_ratio("policy_loss", logprobs, behaviour_logprobs.detach()))
+    a = advantages.detach().to(ratio.dtype)
+    return -torch.minimum(ratio * a, ratio.clamp(1 - clip, 1 + clip) * a).mean(dim=1)
+
+
+def kl_divergence(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
+    """Estimate of KL(policy || reference) per item: exp(x) - x - 1 with x = reference_logprobs - logprobs.
+
+    Never negative, 0 where the two agree, and unbiased for items sampled from the policy (estimator "k3" of
+    J. Schulman, "Approximating KL divergence", http://joschu.net/blog/kl-approx.html; used by GRPO, arXiv 2402.03300).
+
+    Args:
+        logprobs: [B, G], finite log-probabilities of the items under the current policy, in nats.
+        reference_logprobs: [B, G], the same under the reference, a constant.
+
+    Returns:
+        [B, G] in nats, float64 for float64 log-probabilities, else float32.
+
+    Raises:
+        ValueError: shapes differ or are not 2-D.
+    """
+    x = _log_ratio("kl_divergence", reference_logprobs.detach(), logprobs)
+    return _expm1(x) - x  # expm1 keeps the digits that exp(x) - 1 loses near 0

@@ -1,0 +1,273 @@
+"""The LightningModule: a policy, an objective for each phase of training, and the ranking metrics."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor
+from torchmetrics import MetricCollection
+
+from recsys.functional import (
+    expected_rank,
+    gate_open,
+    kl_divergence,
+    ndcg_at_k,
+    policy_loss,
+    recall_at_k,
+    window_bounds,
+    windowed_partial_auc,
+)
+from recsys.metrics import NDCG, WPAUC, Recall
+from recsys.objectives import GRPO, Objective, SupervisedFineTuning, TAWin
+from recsys.policy import Policy
+from recsys.search import Ranking, beam_search
+from recsys.tree import Normalization, TreeEngine
+from recsys.trie import Trie
+from recsys.types import Batch, Groups, UserError
+from recsys.window import Window
+
+
+class Recommender(lightning.LightningModule):
+    """An LLM policy that recommends items by the log-probability of their titles.
+
+    Training runs in at most two phases: ``warm_start_epochs`` epochs of ``warm_start`` (supervised), then ``objective``
+    until the trainer stops. The learning rate of each phase rises linearly over its first ``lr_warmup`` and falls
+    linearly to 0 at its end.
+
+    Args:
+        policy: The language model.
+        objective: What is optimised after the warm start.
+        window: Window of false positive rates that ``wpauc`` measures and TAWin optimises.
+        warm_start: Supervised objective of the first epochs.
+        warm_start_epochs: Epochs of the warm start; 0 to start with ``objective`` at once.
+        normalization: Distribution over items: ``trie`` (softmax over the legal tokens) or ``vocab`` (over all).
+        beams: Width of the beam search in validation, test and prediction: the length of the ranked list.
+        cutoffs: Values of K for ``recall@K`` and ``ndcg@K``.
+        weight_decay: AdamW's weight decay.
+        lr_warmup: Share of each phase in which the learning rate rises.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        objective: Objective,
+        window: Window,
+        warm_start: SupervisedFineTuning | None = None,
+        warm_start_epochs: int = 0,
+        normalization: Normalization = "trie",
+        beams: int = 50,
+        cutoffs: tuple[int, ...] = (1, 5, 10, 20),
+        weight_decay: float = 0.0,
+        lr_warmup: float = 0.05,
+    ) -> None:
+        super().__init__()
+        if warm_start_epochs and warm_start is None:
+            raise UserError("model.warm_start_epochs is above 0: give model.warm_start too")
+        self.policy = policy
+        self.objective = objective
+        self.window = window
+        self.warm_start = warm_start
+        self.warm_start_epochs = warm_start_epochs
+        self.normalization: Normalization = normalization
+        self.beams = beams
+        self.cutoffs = cutoffs
+        self.weight_decay = weight_decay
+        self.lr_warmup = lr_warmup
+        self.strict_loading = False  # checkpoints hold the adapter alone; on_load_checkpoint checks its keys
+        self.groups: Groups | None = None  # set by the BeamNegatives callback
+        self.engine: TreeEngine
+        self._clock = (time.perf_counter(), 0)  # at the last training step: seconds, token rows
+
+    # ---- set-up -----------------------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> Any:
+        """The policy's tokenizer."""
+        return self.policy.tokenizer
+
+    def setup(self, stage: str) -> None:
+        """Check the window and the cut-offs against the catalogue, and make the metrics.
+
+        Raises:
+            UserError: if the window or a cut-off does not fit the ranked list.
+        """
+        items = len(self.trainer.datamodule.catalog)
+        self.num_negatives = items - 1
+        self.alpha, self.d = self.window.rates(self.num_negatives)
+        listed = min(self.beams, items)
+        _, end = window_bounds(self.alpha, self.d, self.num_negatives)
+        if end > listed - 1:
+            raise UserError(
+                f"model.window ends at negative {end:g}, but a list of {listed} items holds {listed - 1} of them: raise "
+                "model.beams or lower the window"
+            )
+        for k in self.cutoffs:
+            if not 1 <= k <= listed:
+                raise UserError(f"model.cutoffs: {k} is not within the ranked list of {listed} items; raise model.beams")
+        metrics: dict[str, Any] = {f"recall@{k}": Recall(k) for k in self.cutoffs}
+        metrics |= {f"ndcg@{k}": NDCG(k) for k in self.cutoffs}
+        metrics["wpauc"] = WPAUC(self.alpha, self.d)
+        # Compute groups would merge metrics whose states agree after the first batch, such as two recalls of 0.
+        collection = MetricCollection(metrics, compute_groups=False)
+        self.val_metrics, self.test_metrics = collection.clone(prefix="val/"), collection.clone(prefix="test/")
+
+    def configure_model(self) -> None:
+        """Load the weights on the trainer's device, and put the catalogue's trie beside them."""
+        device = self.trainer.strategy.root_device
+        self.policy.build(device)
+        trie = Trie.from_sequences(self.trainer.datamodule.item_tokens).to(device)
+        self.engine = TreeEngine(self.policy, trie, self.normalization)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW over the trained weights; :meth:`on_train_batch_start` sets its learning rate."""
+        return torch.optim.AdamW(self.policy.trainable().values(), lr=0.0, weight_decay=self.weight_decay)
+
+    # ---- training ---------------------------------------------------------------------------------------------
+
+    def objective_at(self, epoch: int) -> Objective:
+        """Return the objective of an epoch."""
+        return self.warm_start if epoch < self.warm_start_epochs and self.warm_start else self.objective
+
+    def trains_on_windows(self, epoch: int) -> bool:
+        """Return whether an epoch trains on every title of history windows, not on single rows with negatives."""
+        return isinstance(self.objective_at(epoch), SupervisedFineTuning)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Set the learning rate from the place within the phase; it has no state that a resumed run could lose."""
+        epoch, last = self.current_epoch, self.trainer.max_epochs or -1
+        warm = epoch < self.warm_start_epochs
+        start, end = (0, self.warm_start_epochs) if warm else (self.warm_start_epochs, last)
+        place = epoch - start + batch_idx / self.trainer.num_training_batches
+        factor = 1.0
+        if end > start:
+            place /= end - start
+            factor = 1 - place
+            if self.lr_warmup:
+                factor *= min(1.0, place / self.lr_warmup + 0.1)  # the very first step should move something
+        rate = self.objective_at(epoch).learning_rate * factor
+        for optimizer in self.trainer.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        self.log("train/lr", rate)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the loss of a batch under the objective of the epoch.
+
+        Raises:
+            RuntimeError: if the loss is not finite; the batch is saved, and the message names its rows.
+        """
+        objective = self.objective_at(self.current_epoch)
+        if isinstance(objective, GRPO):
+            parts = self._policy_step(batch, objective)
+        else:
+            scores, hidden = self.engine.forward(batch.tokens, batch.length, batch.target[:, None])
+            titles = self.engine.history_logprobs(hidden, batch.history, batch.history_start)
+            parts = {"loss": -(scores.sum() + titles.sum()) / (len(batch) + (batch.history >= 0).sum())}
+        if not bool(parts["loss"].isfinite()):
+            path = Path(self.trainer.default_root_dir) / f"bad_batch_step{self.global_step}_rank{self.global_rank}.pt"
+            torch.save(batch.to("cpu"), path)
+            raise RuntimeError(f"the loss is {parts['loss'].item()} on rows {batch.row.tolist()}; batch saved as {path}")
+        self.log_dict({f"train/{name}": value.detach() for name, value in parts.items()}, batch_size=len(batch))
+        seconds, rows = self._clock
+        self._clock = (time.perf_counter(), self.engine.token_rows)
+        self.log("train/tokens_per_second", (self._clock[1] - rows) / (self._clock[0] - seconds))
+        return parts["loss"]
+
+    def _policy_step(self, batch: Batch, objective: GRPO) -> dict[str, Tensor]:
+        if self.groups is None:
+            raise UserError("trainer.callbacks: this objective needs callbacks.BeamNegatives, which finds the negatives")
+        index = self.groups.find(batch.row)
+        items, behaviour = self.groups.items[index], self.groups.behaviour[index]
+        scores, _ = self.engine.forward(batch.tokens, batch.length, items)
+        relevance = torch.zeros_like(items, dtype=torch.bool)
+        relevance[:, 0] = True
+        window = (self.alpha, self.d, self.num_negatives)
+        advantages = objective.advantages(scores.detach(), relevance, *window)
+        policy = policy_loss(scores, behaviour, advantages, objective.clip).mean()
+        nll = -scores[:, 0].mean()
+        parts = {
+            "loss": policy + objective.nll_coef * nll,
+            "policy_loss": policy,
+            "nll": nll,
+            "no_signal": (advantages == 0).all(1).float().mean(),
+            "clipped": ((scores - behaviour).exp() - 1).abs().gt(objective.clip).float().mean(),
+        }
+        if self.groups.reference is not None:
+            parts["kl"] = kl_divergence(scores, self.groups.reference[index]).mean()
+            parts["loss"] = parts["loss"] + objective.kl_coef * parts["kl"]
+        if isinstance(objective, TAWin):
+            parts["gate_open"] = gate_open(scores.detach(), relevance, *window).float().mean()
+        return parts
+
+    # ---- evaluation -------------------------------------------------------------------------------------------
+
+    def rank(self, batch: Batch) -> Ranking:
+        """Return the best items of each row."""
+        with torch.no_grad():
+            return beam_search(self.engine, self.engine.prefill(batch.tokens, batch.length), self.beams)
+
+    def _evaluate(self, batch: Batch, metrics: MetricCollection) -> dict[str, Tensor]:
+        found = self.rank(batch)
+        real = batch.row >= 0
+        scores, items = found.scores[real], found.items[real]
+        relevance = (items == batch.target[real, None]) & found.valid[real]
+        if len(scores):
+            metrics.update(scores, relevance, self.num_negatives)
+        self.log_dict(dict(metrics.items()), on_step=False, on_epoch=True, batch_size=len(batch))
+        values = {f"recall@{k}": recall_at_k(scores, relevance, k) for k in self.cutoffs}
+        values |= {f"ndcg@{k}": ndcg_at_k(scores, relevance, k) for k in self.cutoffs}
+        values["wpauc"] = windowed_partial_auc(scores, relevance, self.alpha, self.d, self.num_negatives)
+        return {
+            "row": batch.row[real],
+            "items": items,
+            "rank": expected_rank(scores, relevance),
+            **values,
+        }
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Rank the rows, update the metrics, and return what each row got, for the callbacks.
+
+        Returns:
+            ``row [B]``, ``items [B, W]``, ``rank [B]`` (inf if not in the list), and each metric's ``[B]`` by its name.
+        """
+        return self._evaluate(batch, self.val_metrics)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """As :meth:`validation_step`, on the test rows."""
+        return self._evaluate(batch, self.test_metrics)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Ranking:
+        """Return the best items of each row."""
+        return self.rank(batch)
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the trained weights alone: megabytes, not the base model."""
+        trained = {f"policy.{name}" for name in self.policy.trainable()}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        checkpoint["policy"] = self.policy.name
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another model, or one that lacks trained weights.
+
+        Raises:
+            UserError: see above.
+        """
+        if checkpoint.get("policy") != self.policy.name:
+            raise UserError(
+                f"ckpt_path: the checkpoint is of the model {checkpoint.get('policy')!r}, the config's is "
+                f"{self.policy.name!r}"
+            )
+        found = {name: tensor.shape for name, tensor in checkpoint["state_dict"].items()}
+        expected = {f"policy.{name}": p.shape for name, p in self.policy.trainable().items()}
+        if found != expected:
+            wrong = sorted(k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k))
+            raise UserError(
+                f"ckpt_path: {len(wrong)} trained weights are missing from the checkpoint, unknown to the model or of "
+                f"another shape, first {wrong[0]}; use the config that the checkpoint was made with"
+            )

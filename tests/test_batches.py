@@ -1,0 +1,45 @@
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recsys.data import plan_batches
+
+
+@settings(deadline=None)
+@given(
+    n=st.integers(1, 40),
+    batch_size=st.integers(1, 7),
+    world_size=st.integers(1, 4),
+    seed=st.none() | st.lists(st.integers(0, 9), min_size=1),
+)
+def test_plans_cover_all_rows_with_equal_numbers_of_batches(n, batch_size, world_size, seed):
+    rows, lengths = np.arange(10, 10 + n), np.random.default_rng(n).integers(1, 50, n)
+    plans = [plan_batches(rows, lengths, batch_size, seed, rank, world_size) for rank in range(world_size)]
+    assert len({len(plan) for plan in plans}) == 1
+    sizes = [len(batch) for plan in plans for batch in plan]
+    assert min(sizes) >= 1
+    assert max(sizes) <= min(batch_size, min(sizes) + 1)
+    planned = np.concatenate([batch for plan in plans for batch in plan])
+    assert len(planned) - n < world_size
+    assert set(np.where(planned < 0, ~planned, planned)) == set(rows)
+    if seed is None:
+        assert sorted(planned[planned >= 0]) == rows.tolist()  # once each, for any number of processes
+
+
+def test_plans_shuffle_by_seed_and_put_similar_lengths_together():
+    rows = np.arange(4000)
+    lengths = np.random.default_rng(0).integers(20, 200, len(rows))
+    plan = plan_batches(rows, lengths, 8, [0, 1])
+    assert np.array_equal(np.stack(plan), np.stack(plan_batches(rows, lengths, 8, [0, 1])))
+    assert not np.array_equal(np.stack(plan), np.stack(plan_batches(rows, lengths, 8, [0, 2])))
+    padded = sum(lengths[batch].max() * len(batch) for batch in plan)
+    assert 1 - lengths.sum() / padded < 0.05
+    longest = np.array([lengths[batch].max() for batch in plan])
+    assert abs(np.corrcoef(longest, np.arange(len(plan)))[0, 1]) < 0.1  # steps do not go from short to long
+
+
+def test_processes_get_similar_lengths_in_each_step():
+    lengths = np.random.default_rng(0).integers(20, 200, 800)
+    first, second = (plan_batches(np.arange(800), lengths, 8, [0], rank, 2) for rank in range(2))
+    gap = [abs(lengths[a].max() - lengths[b].max()) for a, b in zip(first, second, strict=True)]
+    assert np.mean(gap) < 10

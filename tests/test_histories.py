@@ -1,0 +1,142 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recsys.data import Histories
+from recsys.types import UserError
+
+
+def histories(events, split="temporal"):
+    """Histories of (user, item, time) triples in file order."""
+    return Histories(*np.array(events).T, split)
+
+
+def one_user(n, **kwargs):
+    return histories([(0, item, item) for item in range(n)], **kwargs)
+
+
+logs = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3), st.integers(0, 9)), min_size=1, max_size=60)
+
+
+@settings(deadline=None, max_examples=200)
+@given(events=logs, split=st.sampled_from(["temporal", "leave_one_out"]))
+def test_every_row_matches_a_naive_account(events, split):
+    """Histories and targets are those of a direct reading of the log, and nothing later is in a prompt."""
+    try:
+        data = histories(events, split)
+    except UserError:
+        return
+    stamped = sorted((user, time, place, item) for place, (user, item, time) in enumerate(events))
+    naive = {}  # event index -> (user, history, target, (time, file position))
+    for e, (user, time, place, item) in enumerate(stamped):
+        history = [(t, p, i) for u, t, p, i in stamped if u == user and (t, p) < (time, place)]
+        if history:
+            naive[e] = (user, [i for _, _, i in history], item, (time, place))
+            assert max(history)[:2] < (time, place)
+    parts = [data.train, data.val, data.test]
+    assert sorted(np.concatenate(parts)) == sorted(naive)
+    for part in parts:
+        assert [naive[e][3] for e in part] == sorted(naive[e][3] for e in part)
+    for e, (user, history, target, _) in naive.items():
+        assert (data.users[e], data.items[e]) == (user, target)
+        for limit in (1, 3, 100):
+            assert data.history(e, limit).tolist() == history[-limit:]
+            assert data.history_start(np.array([e]), limit) == e - len(history[-limit:])
+
+
+@settings(deadline=None)
+@given(events=logs)
+def test_temporal_split_never_trains_on_the_future(events):
+    try:
+        data = histories(events)
+    except UserError:
+        return
+    key = [(time, place) for _, time, place, _ in sorted((u, t, p, i) for p, (u, i, t) in enumerate(events))]
+    train_events = {e for row in data.train for e in range(data.user_start[row], row + 1)}
+    first_val, first_test = min(key[e] for e in data.val), min(key[e] for e in data.test)
+    assert max(key[e] for e in train_events) < first_val
+    assert max(key[e] for e in data.val) < first_test
+
+
+@settings(deadline=None)
+@given(events=logs, size=st.integers(1, 5), split=st.sampled_from(["temporal", "leave_one_out"]))
+def test_windows_tile_each_users_train_rows(events, size, split):
+    try:
+        data = histories(events, split)
+    except UserError:
+        return
+    windows = data.windows(size)
+    assert set(windows) <= set(data.train)
+    covered = [e for row in windows for e in range(row - len(data.history(row, size)), row + 1)]
+    assert len(covered) == len(set(covered))
+    for user in set(data.users[data.train]):
+        own = [e for e in covered if data.users[e] == user]
+        assert own == list(range(own[0], max(data.train[data.users[data.train] == user]) + 1))  # no gap
+        assert own[0] - data.user_start[own[0]] <= 1  # one event may be left over: it has no history
+
+
+def test_temporal_cut_is_80_10_10():
+    data = one_user(101)
+    assert [len(data.train), len(data.val), len(data.test)] == [80, 10, 10]
+    assert data.train.tolist() == list(range(1, 81))
+
+
+def test_leave_one_out():
+    data = histories([(0, 0, 0), (0, 1, 1), (0, 2, 2), (0, 3, 3), (1, 4, 0), (1, 5, 1), (2, 6, 0)], "leave_one_out")
+    assert [data.items[part].tolist() for part in (data.train, data.val, data.test)] == [[1], [2], [5, 3]]
+
+
+def test_windows_by_hand():
+    data = one_user(14)  # 13 rows: events 1..11 train, 12 val, 13 test
+    assert data.train.tolist() == list(range(1, 12))
+    assert data.windows(3).tolist() == [3, 7, 11]
+    assert data.windows(4).tolist() == [1, 6, 11]
+    assert data.windows(100).tolist() == [11]
+
+
+def test_equal_times_keep_file_order():
+    data = histories([(0, 5, 1), (0, 3, 1), (0, 4, 1), (0, 9, 0)])
+    assert data.items.tolist() == [9, 5, 3, 4]
+    assert data.describe()["equal_time_share"] == pytest.approx(2 / 3)
+
+
+def test_equal_histories_with_different_targets_stay_two_rows():
+    data = histories([(u, item, t) for u in range(4) for t, item in enumerate([0, 1, 2 + u % 2])])
+    rows = [row for part in (data.train, data.val, data.test) for row in part if row - data.user_start[row] == 2]
+    assert sorted((tuple(data.history(row, 9)), data.items[row]) for row in rows) == [
+        ((0, 1), 2), ((0, 1), 2), ((0, 1), 3), ((0, 1), 3)
+    ]  # fmt: skip
+
+
+def test_target_in_its_own_history_is_kept_and_counted():
+    data = histories([(0, 7, 0), (0, 7, 1), (0, 8, 2), (0, 7, 3)])
+    assert data.describe()["rows"] == 3
+    assert data.describe()["target_in_history_share"] == pytest.approx(2 / 3)
+
+
+def test_describe_counts_what_was_dropped():
+    data = histories([(0, i, i) for i in range(5)] + [(1, 0, 0), (2, 0, 0)])
+    assert data.describe() == {
+        "interactions": 7,
+        "users": 3,
+        "users_without_history": 2,
+        "rows": 4,
+        "train_rows": 2,
+        "val_rows": 1,
+        "test_rows": 1,
+        "equal_time_share": 0,
+        "target_in_history_share": 0,
+    }
+
+
+@pytest.mark.parametrize("split", ["temporal", "leave_one_out"])
+@pytest.mark.parametrize("n", [0, 1, 2, 3])
+def test_too_few_interactions(n, split):
+    with pytest.raises(UserError, match=f"{n} interactions of {min(n, 1)} users make {max(0, n - 1)} rows"):
+        Histories(*np.arange(3 * n).reshape(3, n) * [[0], [1], [1]], split)
+
+
+def test_only_users_with_one_interaction():
+    with pytest.raises(UserError, match="9 interactions of 9 users make 0 rows"):
+        histories([(user, 0, 0) for user in range(9)])

@@ -1,0 +1,157 @@
+import gzip
+
+import pandas as pd
+import pytest
+
+from recsys.assets import ML100K_INTERACTIONS, ML100K_ITEMS
+from recsys.data import Columns, MovieLens100K, Table, Tables, sources
+from recsys.types import UserError
+
+ITEMS = "item_id,title\n007,Alien\n7,Brazil\n"
+INTERACTIONS = "user_id,item_id,timestamp\nu1,7,30\nu1,007,10\nNA,7,20\n"
+
+
+@pytest.fixture
+def table(tmp_path):
+    """Writes the two files and returns their Table."""
+
+    def write(interactions=INTERACTIONS, items=ITEMS, **columns):
+        paths = [tmp_path / "log.csv", tmp_path / "items.csv"]
+        for path, text in zip(paths, (interactions, items), strict=True):
+            path.write_text(text, encoding="utf-8")
+        return Table(*map(str, paths), **columns)
+
+    return write
+
+
+def fails(source, *parts):
+    with pytest.raises(UserError) as caught:
+        source.load()
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_ids_stay_text_and_rows_stay_in_file_order(table):
+    tables = table().load()
+    assert tables.interactions[Columns.USER].tolist() == ["u1", "u1", "NA"]
+    assert tables.interactions[Columns.ITEM].tolist() == ["7", "007", "7"]
+    assert tables.interactions[Columns.TIME].tolist() == [30, 10, 20]
+    assert tables.items[Columns.ITEM].tolist() == ["007", "7"]
+
+
+def test_tsv_gzip_and_own_column_names(tmp_path):
+    with gzip.open(tmp_path / "log.tsv.gz", "wt") as file:
+        file.write("when\tthing\twho\textra\n5\ta\tx\t-\n")
+    (tmp_path / "items.csv").write_text("thing,name\na,Alien\n")
+    source = Table(str(tmp_path / "log.tsv.gz"), str(tmp_path / "items.csv"), "who", "thing", "when", "name")
+    tables = source.load()
+    assert tables.interactions.iloc[0].to_dict() == {"user": "x", "item": "a", "time": 5}
+    assert tables.items.iloc[0].to_dict() == {"item": "a", "title": "Alien"}
+
+
+def test_titles_keep_unicode_and_quotes_and_lose_odd_whitespace(table):
+    items = 'item_id,title\n1,"  Tab\there,\nline  two "\n2,"The ""Best"" of Amélie 🎬"\n3,NA\n4,a\u2028b\n'
+    titles = table("user_id,item_id,timestamp\nu,1,1\n", items).load().items[Columns.TITLE]
+    assert titles.tolist() == ["Tab here, line two", 'The "Best" of Amélie 🎬', "NA", "a b"]
+
+
+@pytest.mark.parametrize(
+    ("times", "order"),
+    [
+        (["9", "10", "8.5"], [2, 0, 1]),
+        (["2024-01-02", "2024-01-01T23:59:59Z", "2024-01-02T01:00:00+02:00"], [2, 1, 0]),
+        (["1600000000000000001", "1600000000000000000", "1600000000000000002"], [1, 0, 2]),  # beyond float64
+    ],
+)
+def test_times_are_numbers_or_iso_dates(table, times, order):
+    rows = "".join(f"u,7,{time}\n" for time in times)
+    time = table("user_id,item_id,timestamp\n" + rows).load().interactions[Columns.TIME]
+    assert time.to_numpy().argsort(kind="stable").tolist() == order
+
+
+def test_missing_file(table, tmp_path):
+    source = table()
+    (tmp_path / "items.csv").unlink()
+    fails(source, "items.csv", "no such file")
+
+
+def test_missing_column_lists_those_there(table):
+    fails(table(user="uid"), "log.csv", "'uid'", "'user_id'", "'timestamp'")
+
+
+def test_other_file_formats_are_named(tmp_path):
+    fails(Table("log.parquet", "items.csv"), "log.parquet", ".csv or .tsv")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "item_id,title\n7,Crouching Tiger, Hidden Dragon\n",  # every row has a field too many
+        "item_id,title\n7,Brazil\n8,Crouching Tiger, Hidden Dragon\n",
+        'item_id,title\n7,"Brazil\n',
+    ],
+)
+def test_text_that_is_not_a_table(table, text):
+    fails(table(items=text), "items.csv", "not readable as a table")
+
+
+def test_text_that_is_not_utf8(table, tmp_path):
+    source = table()
+    (tmp_path / "items.csv").write_bytes("item_id,title\n7,Amélie\n".encode("latin-1"))
+    fails(source, "items.csv", "not readable as a table", "utf-8")
+
+
+def test_gzip_that_is_cut_short(tmp_path):
+    (tmp_path / "log.csv.gz").write_bytes(gzip.compress(INTERACTIONS.encode())[:-12])
+    fails(Table(str(tmp_path / "log.csv.gz"), "items.csv"), "log.csv.gz", "not readable as a table")
+
+
+def test_unknown_item(table):
+    fails(table(INTERACTIONS + "u2,x1,5\nu2,x2,6\n"), "log.csv, row 5", "'x1'", "items.csv", "2 such rows")
+
+
+@pytest.mark.parametrize("title", ["", '"  "', '"\t"'])
+def test_empty_title(table, title):
+    fails(table(items=ITEMS + f"8,{title}\n"), "items.csv, row 4", "'8'", "no title")
+
+
+def test_missing_title_of_another_source():
+    items = pd.DataFrame({Columns.ITEM: ["a"], Columns.TITLE: [None]})
+    log = pd.DataFrame({Columns.USER: ["u"], Columns.ITEM: ["a"], Columns.TIME: [1]})
+    with pytest.raises(UserError, match="items, row 0: item id 'a' has no title"):
+        Tables(log, items, "log", "items")
+
+
+def test_repeated_item_id(table):
+    fails(table(items=ITEMS + "7,Brazil again\n"), "items.csv, row 4", "'7'", "seen before")
+
+
+def test_empty_ids(table):
+    fails(table(INTERACTIONS + ",7,5\n"), "log.csv, row 5", "user id")
+    fails(table(items=ITEMS + ",Nameless\n"), "items.csv, row 4", "item id")
+
+
+@pytest.mark.parametrize("time", ["yesterday", "", "nan", "inf", "2024-01-01"])
+def test_unreadable_time(table, time):
+    fails(table(INTERACTIONS + f"u2,7,{time}\n"), "log.csv, row 5", repr(time), "1 such rows")
+
+
+def test_unreadable_date(table):
+    log = "user_id,item_id,timestamp\nu,7,2024-01-01\nu,7,5.5.2024\n"
+    fails(table(log), "log.csv, row 3", "'5.5.2024'")
+
+
+def test_movielens_files(tmp_path, monkeypatch):
+    """Quotes are part of a title there, and the headers carry types."""
+    log, items = tmp_path / "ml-100k.inter", tmp_path / "ml-100k.item"
+    log.write_text("user_id:token\titem_id:token\trating:float\ttimestamp:float\n196\t2\t3\t881250949\n22\t1\t3\t5\n")
+    items.write_text(
+        'item_id:token\tmovie_title:token_seq\trelease_year:token\n1\t"Toy" Story\t1995\n2\tGoldenEye\t1995\n'
+    )
+    asked = []
+    monkeypatch.setattr(sources, "fetch_all", lambda *args: asked.append(args) or [log, items])
+    tables = MovieLens100K("cache").load()
+    assert asked == [([ML100K_INTERACTIONS, ML100K_ITEMS], "cache")]
+    assert tables.interactions.to_numpy().tolist() == [["196", "2", 881250949], ["22", "1", 5]]
+    assert tables.items[Columns.TITLE].tolist() == ['"Toy" Story', "GoldenEye"]
