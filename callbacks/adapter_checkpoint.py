@@ -56,9 +56,28 @@ class AdapterCheckpoint(ModelCheckpoint):
         """Choose the run's folder, so that no run overwrites another's checkpoints."""
         if trainer.logger is not None and stage == "fit":
             version = trainer.logger.version
-            folder = self.root / (trainer.logger.name or "run") / (f"version_{version}" if isinstance(version, int) else str(version))
+            run = f"version_{version}" if isinstance(version, int) else str(version)
+            folder = self.root / (trainer.logger.name or "run") / run
             self.dirpath = str(Path(trainer.strategy.broadcast(str(folder))).absolute())
         super().setup(trainer, pl_module, stage)
+
+    # Lightning renews the last checkpoint only when it also saves a best one, so both hooks that save add it.
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the best and the last, if this is the hook that Lightning saves in."""
+        super().on_train_epoch_end(trainer, pl_module)
+        if self._should_save_on_train_epoch_end(trainer):
+            self._renew_last(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the best and the last, if this is the hook that Lightning saves in."""
+        super().on_validation_end(trainer, pl_module)
+        if not self._should_save_on_train_epoch_end(trainer):
+            self._renew_last(trainer)
+
+    def _renew_last(self, trainer: Trainer) -> None:
+        if not self._should_skip_saving_checkpoint(trainer):  # nothing to do if it was saved at this step
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)

@@ -12,8 +12,9 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 from tqdm import tqdm
 
+from recsys.functional import window_bounds
 from recsys.module import Recommender
-from recsys.objectives import GRPO
+from recsys.objectives import GRPO, TAWin
 from recsys.search import beam_search
 from recsys.types import Batch, Groups, UserError
 
@@ -52,13 +53,27 @@ class BeamNegatives(Callback):
 
     # ---- when -------------------------------------------------------------------------------------------------
 
-    def on_train_start(self, trainer: Trainer, pl_module: Recommender) -> None:  # type: ignore[override]
-        """Check the sizes, and hand over the groups of a checkpoint."""
+    def setup(self, trainer: Trainer, pl_module: Recommender, stage: str) -> None:  # type: ignore[override]
+        """Announce that negatives will be there."""
+        pl_module.finds_negatives = True
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Recommender) -> None:  # type: ignore[override]
+        """Check the sizes, and hand over the groups of a checkpoint.
+
+        Raises:
+            UserError: if the catalogue is too small, or TAWin's window ends beyond the negatives.
+        """
         trie = pl_module.engine.trie
         if self.num_negatives > trie.num_items - trie.max_duplicates:
             raise UserError(
                 f"BeamNegatives: num_negatives is {self.num_negatives}, but the catalogue of {trie.num_items} items has "
                 "too few that can be a negative"
+            )
+        _, end = window_bounds(pl_module.alpha, pl_module.d, pl_module.num_negatives)
+        if isinstance(pl_module.objective, TAWin) and end > self.num_beam:
+            raise UserError(
+                f"BeamNegatives finds the best {self.num_beam} negatives of a row, but model.window ends at negative "
+                f"{end:g}: raise num_negatives (beyond {end:g}, or the gate has no lower end) or lower the window"
             )
         if self.groups is not None:
             self.groups = pl_module.groups = _moved(self.groups, pl_module.device)

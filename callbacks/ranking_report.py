@@ -84,12 +84,13 @@ class RankingReport(Callback):
         items = result.values.pop("items")
         self.validations.append(result)
         self._ended = time.perf_counter()
+        folder = Path(trainer.log_dir or trainer.default_root_dir) / "ranks"  # asks all processes
         if not trainer.is_global_zero:
             return
         if trainer.sanity_checking:  # Lightning does not log it
             for logger in trainer.loggers:
                 logger.log_metrics({f"val/{k}": result.mean(k) for k in result.values if k != "rank"}, result.step)
-        self._write_ranks(trainer, result)
+        self._write_ranks(trainer, result, folder)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_figure("val/roc", roc_figure(result, pl_module), result.step)
@@ -119,7 +120,7 @@ class RankingReport(Callback):
             seconds=time.perf_counter() - self._began,
         )
 
-    def _write_ranks(self, trainer: Trainer, result: Validation) -> None:
+    def _write_ranks(self, trainer: Trainer, result: Validation, folder: Path) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         histories, catalog = data.histories, data.catalog
         frame = pd.DataFrame(
@@ -130,7 +131,6 @@ class RankingReport(Callback):
                 **result.values,
             }
         )
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "ranks"
         folder.mkdir(parents=True, exist_ok=True)
         frame.to_parquet(folder / f"{trainer.state.stage.value}-step{result.step}.parquet")
 

@@ -32,7 +32,8 @@ class RecsysCLI(LightningCLI):
     """LightningCLI with the trainer settings that the data module needs, and checks before anything starts."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Set defaults that every run needs."""
+        """Set defaults that every run needs, and give the data module the run's seed."""
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         parser.set_defaults(
             {
                 "trainer.reload_dataloaders_every_n_epochs": 1,  # each epoch draws its rows

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics import MetricCollection
 
@@ -78,7 +79,8 @@ class Recommender(lightning.LightningModule):
         self.weight_decay = weight_decay
         self.lr_warmup = lr_warmup
         self.strict_loading = False  # checkpoints hold the adapter alone; on_load_checkpoint checks its keys
-        self.groups: Groups | None = None  # set by the BeamNegatives callback
+        self.finds_negatives = False  # set by the BeamNegatives callback, which then provides the groups
+        self.groups: Groups | None = None
         self.engine: TreeEngine
         self._clock = (time.perf_counter(), 0)  # at the last training step: seconds, token rows
 
@@ -90,11 +92,13 @@ class Recommender(lightning.LightningModule):
         return self.policy.tokenizer
 
     def setup(self, stage: str) -> None:
-        """Check the window and the cut-offs against the catalogue, and make the metrics.
+        """Check the settings against each other and the catalogue, and make the metrics.
 
         Raises:
-            UserError: if the window or a cut-off does not fit the ranked list.
+            UserError: if the window or a cut-off does not fit the ranked list, or nothing finds negatives.
         """
+        if stage == "fit" and isinstance(self.objective, GRPO) and not self.finds_negatives:
+            raise UserError(f"{type(self.objective).__name__} needs negatives: add callbacks.BeamNegatives to trainer.callbacks")
         items = len(self.trainer.datamodule.catalog)
         self.num_negatives = items - 1
         self.alpha, self.d = self.window.rates(self.num_negatives)
@@ -119,6 +123,7 @@ class Recommender(lightning.LightningModule):
         """Load the weights on the trainer's device, and put the catalogue's trie beside them."""
         device = self.trainer.strategy.root_device
         self.policy.build(device)
+        self.policy.train()  # from_pretrained leaves the base in eval mode
         trie = Trie.from_sequences(self.trainer.datamodule.item_tokens).to(device)
         self.engine = TreeEngine(self.policy, trie, self.normalization)
 
@@ -135,6 +140,17 @@ class Recommender(lightning.LightningModule):
     def trains_on_windows(self, epoch: int) -> bool:
         """Return whether an epoch trains on every title of history windows, not on single rows with negatives."""
         return isinstance(self.objective_at(epoch), SupervisedFineTuning)
+
+    def on_fit_start(self) -> None:
+        """Report the number of weights."""
+        trained, total = self.policy.num_parameters()
+        rank_zero_info(f"Policy: {self.policy.name}, {trained:,} of {total:,} weights are trained")
+        for logger in self.trainer.loggers:
+            logger.log_metrics({"policy/trained_weights": trained, "policy/weights": total}, step=0)
+
+    def on_train_epoch_start(self) -> None:
+        """Start the clock of the token rate."""
+        self._clock = (time.perf_counter(), self.engine.token_rows)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Set the learning rate from the place within the phase; it has no state that a resumed run could lose."""
@@ -178,8 +194,7 @@ class Recommender(lightning.LightningModule):
         return parts["loss"]
 
     def _policy_step(self, batch: Batch, objective: GRPO) -> dict[str, Tensor]:
-        if self.groups is None:
-            raise UserError("trainer.callbacks: this objective needs callbacks.BeamNegatives, which finds the negatives")
+        assert self.groups is not None  # setup made sure of the callback
         index = self.groups.find(batch.row)
         items, behaviour = self.groups.items[index], self.groups.behaviour[index]
         scores, _ = self.engine.forward(batch.tokens, batch.length, items)

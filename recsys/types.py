@@ -23,7 +23,7 @@ class UserError(Exception):
 class Batch:
     """Rows (history -> target) of B users, ready for the model. Padding is told by length, never by token id."""
 
-    row: Tensor  # [B] int64, index into the split's row table; -1 marks a row that only fills up the last batch
+    row: Tensor  # [B] int64, event index that names the row; -1 marks a row that only fills up a batch
     tokens: Tensor  # [B, L] int64, prompt token ids, padded on the right
     length: Tensor  # [B] int64, real prompt tokens, >= 1
     history: Tensor  # [B, C] int64, catalogue index of each title in the prompt, oldest first, -1 = none

@@ -1,0 +1,109 @@
+"""A small catalogue with the difficulties of real ones, histories that can be learnt, and a trainer for them."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from callbacks import AdapterCheckpoint, BeamNegatives, RankingReport
+from recsys.data import HistoryDataModule, PromptTemplate, Table
+from recsys.module import Recommender
+from recsys.objectives import SupervisedFineTuning, TAWin
+from recsys.policy import Policy, TinyPolicy
+from recsys.window import Window
+
+TITLES = ["Toy Story", "Toy", "Heat", "Heat", 'Say "A"', "Ça, va", "Ran", "Ronin", "Alien", "Aliens"] + [
+    f"Film {i}" for i in range(10)
+]
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Paths of an interactions and an items file: each user walks round the catalogue, so the next item is certain."""
+    folder = tmp_path_factory.mktemp("tables")
+    with open(folder / "items.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["item_id", "title"], *([f"i{i}", title] for i, title in enumerate(TITLES))])
+    with open(folder / "interactions.csv", "w", newline="") as file:
+        rows = [[f"u{u}", f"i{(3 * u + t) % len(TITLES)}", 100 * t + u] for u in range(30) for t in range(12)]
+        csv.writer(file).writerows([["user_id", "item_id", "timestamp"], *rows])
+    return {"interactions": str(folder / "interactions.csv"), "items": str(folder / "items.csv")}
+
+
+class Run:
+    """One training run in a folder of its own; keyword arguments replace parts of the default set-up."""
+
+    def __init__(
+        self,
+        tables: dict[str, str],
+        folder: Path,
+        policy: Policy | None = None,
+        model: dict[str, Any] | None = None,
+        data: dict[str, Any] | None = None,
+        negatives: dict[str, Any] | None = None,
+        **trainer: Any,
+    ) -> None:
+        seed_everything(0, verbose=False)
+        self.folder = folder
+        self.model = Recommender(
+            **{
+                "policy": policy or TinyPolicy(hidden_size=32),
+                "objective": TAWin(learning_rate=1e-3),
+                "window": Window(k=3, half_width=2),
+                "warm_start": SupervisedFineTuning(learning_rate=1e-2),
+                "warm_start_epochs": 1,
+                "beams": 12,
+                "cutoffs": (1, 5, 10),
+                **(model or {}),
+            }
+        )
+        self.data = HistoryDataModule(
+            **{
+                "source": Table(**tables),
+                "prompt": PromptTemplate("Seen:\n{history}", max_history=4, max_tokens=128),
+                "rows_per_epoch": 32,
+                "batch_size": 8,
+                **(data or {}),
+            }
+        )
+        self.negatives = BeamNegatives(**{"num_negatives": 8, **(negatives or {})})
+        self.report = RankingReport(resamples=50)
+        self.checkpoint = AdapterCheckpoint(str(folder / "checkpoints"))
+        self.trainer = Trainer(
+            **{
+                "max_epochs": 2,
+                "reload_dataloaders_every_n_epochs": 1,
+                "use_distributed_sampler": False,
+                "num_sanity_val_steps": -1,
+                "logger": TensorBoardLogger(folder / "runs", "test", default_hp_metric=False),
+                "default_root_dir": folder,
+                "enable_progress_bar": False,
+                "enable_model_summary": False,
+                "accelerator": "cpu",
+                "log_every_n_steps": 1,
+                **trainer,
+                "callbacks": [self.negatives, self.report, self.checkpoint, *trainer.get("callbacks", [])],
+            }
+        )
+
+    def fit(self, **kwargs: Any) -> Run:
+        self.trainer.fit(self.model, self.data, **kwargs)
+        return self
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        return self.model.policy.snapshot()
+
+    @property
+    def checkpoints(self) -> Path:
+        return Path(self.checkpoint.dirpath)

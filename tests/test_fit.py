@@ -1,0 +1,270 @@
+"""Whole runs on a small policy: they learn, resume, and can be looked at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from lightning.pytorch import Callback
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from recsys.module import Recommender
+from recsys.objectives import GRPO, SupervisedFineTuning, TAWin
+from recsys.policy import Lora, TinyPolicy
+from recsys.types import UserError
+from recsys.window import Window
+from tests.conftest import Run
+
+
+class Losses(Callback):
+    """Keeps what each training step logged."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, trainer, *args) -> None:
+        self.steps.append({k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("train/")})
+
+
+@pytest.fixture(scope="module")
+def finished(tables, tmp_path_factory) -> tuple[Run, Losses]:
+    losses = Losses()
+    run = Run(tables, tmp_path_factory.mktemp("fit"), model={"warm_start_epochs": 8}, max_epochs=10, callbacks=[losses])
+    return run.fit(), losses
+
+
+def test_the_warm_start_learns_and_the_objective_keeps_training(finished: tuple[Run, Losses]) -> None:
+    run, losses = finished
+    start, warm, end = (next(v for v in reversed(run.report.validations) if v.phase == p)
+                        for p in ("start", "warm start", "TAWin"))
+    assert warm.mean("recall@5") > start.mean("recall@5") + 0.2
+    assert end.mean("recall@5") > start.mean("recall@5") + 0.2
+    assert any(step.get("train/gate_open", 0) > 0 for step in losses.steps)
+
+
+def test_every_validation_is_in_tensorboard(finished: tuple[Run, Losses]) -> None:
+    run, _ = finished
+    events = EventAccumulator(run.trainer.log_dir).Reload()
+    names = set(events.Tags()["scalars"])
+    metrics = {f"val/{m}@{k}" for m in ("recall", "ndcg") for k in (1, 5, 10)} | {"val/wpauc"}
+    assert metrics <= names
+    assert len(events.Scalars("val/wpauc")) == 11  # the untrained policy, and ten epochs
+    train = {"loss", "policy_loss", "nll", "gate_open", "no_signal", "clipped", "lr", "tokens_per_second"}
+    assert {f"train/{name}" for name in train} <= names
+    assert {f"negatives/{name}" for name in ("seconds", "rows", "positive_found", "overlap")} <= names
+    assert {"policy/trained_weights", "policy/weights"} <= names
+    assert "val/roc" in events.Tags()["images"]
+    assert any("val/examples" in tag for tag in events.Tags()["tensors"])
+
+
+def test_logged_metrics_are_the_means_of_the_rows(finished: tuple[Run, Losses]) -> None:
+    run, _ = finished
+    last = run.report.validations[-1]
+    for name in ("recall@1", "recall@5", "recall@10", "ndcg@5", "wpauc"):
+        assert run.trainer.callback_metrics[f"val/{name}"].item() == pytest.approx(last.mean(name))
+    frame = pd.read_parquet(Path(run.trainer.log_dir) / "ranks" / f"validate-step{last.step}.parquet")
+    assert len(frame) == len(run.data.histories.val)
+    no_ties = frame[frame["rank"] % 1 == 0]
+    assert ((no_ties["rank"] <= 5) == (no_ties["recall@5"] == 1)).all()
+    row = frame.iloc[0]
+    assert row["item_id"] == run.data.catalog.item_ids[run.data.histories.items[row["row"]]]
+
+
+def test_learning_rate_follows_each_phase(finished: tuple[Run, Losses]) -> None:
+    _, losses = finished
+    rates = [step["train/lr"] for step in losses.steps]
+    policy_steps = 2 * 4
+    warm, policy = rates[:-policy_steps], rates[-policy_steps:]
+    assert max(warm) == pytest.approx(1e-2, rel=0.1)
+    assert warm[-1] < 0.1 * max(warm)
+    assert max(policy) <= 1e-3
+    assert policy[-1] < policy[1]
+
+
+def test_checkpoints_are_small_and_resume_is_exact(tables, tmp_path: Path) -> None:
+    """A run that stops in the middle of a TAWin epoch and resumes ends as one that never stopped."""
+
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, *args) -> None:
+            if trainer.global_step == stop_at:
+                trainer.save_checkpoint(tmp_path / "mid.ckpt")
+                raise KeyError("stopped")
+
+    model = {"objective": TAWin(learning_rate=1e-2, kl_coef=0.1)}
+    whole = Run(tables, tmp_path / "whole", max_epochs=3, model=model).fit()
+    stop_at = whole.trainer.global_step - 2
+    with pytest.raises(KeyError):
+        Run(tables, tmp_path / "cut", max_epochs=3, model=model, callbacks=[Stop()]).fit()
+    resumed = Run(tables, tmp_path / "resumed", max_epochs=3, model=model).fit(ckpt_path=str(tmp_path / "mid.ckpt"), weights_only=False)
+    assert resumed.trainer.global_step == whole.trainer.global_step
+    for name, weight in whole.weights.items():
+        torch.testing.assert_close(resumed.weights[name], weight, msg=name)
+    assert [v.phase for v in resumed.report.validations] == [v.phase for v in whole.report.validations]
+    saved = torch.load(tmp_path / "mid.ckpt", weights_only=False)["state_dict"]
+    assert saved.keys() == {f"policy.{name}" for name in whole.weights}
+
+
+def test_best_and_last_checkpoints_and_the_adapter_in_pefts_format(tables, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    policy = {"hidden_size": 32, "lora": Lora(r=4)}
+    run = Run(tables, tmp_path, policy=TinyPolicy(**policy)).fit()
+    files = {path.name for path in run.checkpoints.iterdir()}
+    assert {"last.ckpt", "last.adapter"} <= files
+    best = [name for name in files if name.startswith("best-") and name.endswith(".ckpt")]
+    assert len(best) == 1
+    assert best[0].replace(".ckpt", ".adapter") in files
+
+    base = TinyPolicy(hidden_size=32)
+    base.build(torch.device("cpu"))
+    loaded = PeftModel.from_pretrained(base.model, run.checkpoints / "last.adapter")
+    tokens = torch.arange(1, 9)[None]
+    run.model.policy.eval()
+    torch.testing.assert_close(loaded.eval()(input_ids=tokens).logits, run.model.policy.model(input_ids=tokens).logits)
+
+    again = Run(tables, tmp_path, policy=TinyPolicy(**policy)).fit()  # a second run leaves the first one's files alone
+    assert again.checkpoints != run.checkpoints
+    assert {path.name for path in run.checkpoints.iterdir()} == files
+
+
+def test_kl_is_zero_at_the_first_step_and_grows(tables, tmp_path: Path) -> None:
+    losses = Losses()
+    objective = GRPO(learning_rate=1e-2, kl_coef=0.1)
+    Run(tables, tmp_path, model={"objective": objective}, max_epochs=3, callbacks=[losses]).fit()
+    kl = [step["train/kl"] for step in losses.steps if "train/kl" in step]
+    assert kl[0] == pytest.approx(0, abs=1e-6)
+    assert max(kl[1:]) > 1e-4
+
+
+def test_reference_is_the_policy_after_the_warm_start(tables, tmp_path: Path) -> None:
+    """In the second policy epoch the reference scores are those of the snapshot, not of the base model."""
+    run = Run(tables, tmp_path, model={"objective": GRPO(learning_rate=1e-2, kl_coef=0.1)}, max_epochs=3).fit()
+    groups, policy = run.negatives.groups, run.model.policy.eval()
+    batch = next(iter(run.data.batches(groups.row[:4].numpy(), 4)))
+    items = groups.items[groups.find(batch.row)]
+    with torch.no_grad(), policy.using(run.negatives.start):
+        expected, _ = run.model.engine.forward(batch.tokens, batch.length, items)
+    found = groups.reference[groups.find(batch.row)]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert (groups.behaviour[groups.find(batch.row)] - found).abs().max() > 1e-3
+
+
+def test_start_from_an_existing_adapter(tables, tmp_path: Path) -> None:
+    """A run without a warm start begins where the adapter's run ended."""
+    from recsys.policy import LLMPolicy
+
+    base = TinyPolicy(hidden_size=32)
+    base.build(torch.device("cpu"))
+    base.model.save_pretrained(tmp_path / "base")
+    base.tokenizer.save_pretrained(tmp_path / "base")
+    options = {"model": str(tmp_path / "base"), "quantization": "none", "dtype": "float32"}
+    sft = Run(tables, tmp_path / "sft", policy=LLMPolicy(**options, lora=Lora(r=4)), max_epochs=2,
+              model={"warm_start_epochs": 2}).fit()
+    adapter = str(sft.checkpoints / "last.adapter")
+    run = Run(tables, tmp_path / "rl", policy=LLMPolicy(**options, adapter=adapter), model={"warm_start_epochs": 0}, max_epochs=1)
+    run.fit()
+    assert run.report.validations[0].phase == "start"
+    assert run.report.validations[0].mean("ndcg@10") == pytest.approx(sft.report.validations[-1].mean("ndcg@10"))
+    moved = [n for n, w in run.weights.items() if not torch.equal(w, torch.load(sft.checkpoints / "last.ckpt", weights_only=False)["state_dict"][f"policy.{n}"])]
+    assert len(moved) == len(run.weights)
+
+    from safetensors.torch import load_file, save_file
+
+    file = sft.checkpoints / "last.adapter" / "adapter_model.safetensors"
+    weights = load_file(file)
+    weights.pop(sorted(weights)[0])
+    save_file(weights, file)
+    with pytest.raises(UserError, match="1 weights are missing"):
+        Run(tables, tmp_path / "bad", policy=LLMPolicy(**options, adapter=adapter)).fit()
+
+
+def test_a_checkpoint_of_another_model_or_without_all_keys_is_refused(tables, tmp_path: Path) -> None:
+    run = Run(tables, tmp_path, max_epochs=1).fit()
+    last = run.checkpoints / "last.ckpt"
+    with pytest.raises(UserError, match="is of the model"):
+        Run(tables, tmp_path, policy=TinyPolicy(hidden_size=64)).fit(ckpt_path=str(last), weights_only=False)
+    checkpoint = torch.load(last, weights_only=False)
+    missing = sorted(checkpoint["state_dict"])[0]
+    checkpoint["state_dict"].pop(missing)
+    torch.save(checkpoint, tmp_path / "broken.ckpt")
+    with pytest.raises(UserError, match=f"missing from the checkpoint.*{missing}"):
+        Run(tables, tmp_path).fit(ckpt_path=str(tmp_path / "broken.ckpt"), weights_only=False)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_batch(tables, tmp_path: Path) -> None:
+    class Poison(Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+            if trainer.global_step == 1:
+                with torch.no_grad():
+                    next(iter(module.policy.trainable().values())).fill_(float("nan"))
+
+    run = Run(tables, tmp_path, callbacks=[Poison()])
+    with pytest.raises(RuntimeError, match=r"the loss is nan on rows \[\d+"):
+        run.fit()
+    [saved] = tmp_path.glob("bad_batch*.pt")
+    assert len(torch.load(saved, weights_only=False)) > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {"window": Window(k=10, half_width=5)}}, "window ends at negative 15"),
+        ({"model": {"window": Window(alpha=0.5, d=0.6)}}, "alpha"),
+        ({"model": {"window": Window(k=3)}}, "either alpha and d, or k and half_width"),
+        ({"model": {"cutoffs": (1, 13)}}, "cutoffs: 13"),
+        ({"negatives": {"num_negatives": 4}}, "window ends at negative 5"),
+        ({"negatives": {"mode": "random"}}, "window ends at negative 5"),
+        ({"negatives": {"num_negatives": 19}}, "too few that can be a negative"),
+        ({"reload_dataloaders_every_n_epochs": 0}, "reload_dataloaders_every_n_epochs"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_before_training(tables, tmp_path: Path, change: dict, message: str) -> None:
+    run = Run(tables, tmp_path, **change)
+    with pytest.raises(UserError, match=message):
+        run.fit()
+    assert run.trainer.global_step == 0
+    assert run.report.validations == []
+
+
+def test_a_policy_objective_without_negatives_is_refused(tables, tmp_path: Path) -> None:
+    run = Run(tables, tmp_path)
+    run.trainer.callbacks.remove(run.negatives)
+    with pytest.raises(UserError, match="BeamNegatives"):
+        run.fit()
+
+
+@pytest.mark.parametrize("objective", [SupervisedFineTuning(), GRPO(nll_coef=0.1), TAWin(gate="none")])
+def test_every_objective_moves_all_trained_weights(tables, tmp_path: Path, objective) -> None:
+    run = Run(tables, tmp_path, model={"objective": objective, "warm_start_epochs": 0}, max_epochs=1)
+    before: dict[str, torch.Tensor] = {}
+
+    class Snapshot(Callback):
+        def on_train_start(self, trainer, module: Recommender) -> None:
+            before.update(module.policy.snapshot())
+
+    run.trainer.callbacks.append(Snapshot())
+    run.fit()
+    assert all(not torch.equal(weight, before[name]) for name, weight in run.weights.items())
+
+
+def test_two_processes_validate_as_one(tables, tmp_path: Path) -> None:
+    alone = Run(tables, tmp_path / "one").trainer
+    one = Run(tables, tmp_path / "one")
+    alone = one.trainer.validate(one.model, one.data, verbose=False)[0]
+    two = Run(tables, tmp_path / "two", strategy="ddp_spawn", devices=2)
+    both = two.trainer.validate(two.model, two.data, verbose=False)[0]
+    assert both.keys() == alone.keys()
+    for name, value in alone.items():
+        assert both[name] == pytest.approx(value, abs=1e-6), name
+
+
+def test_two_processes_train(tables, tmp_path: Path) -> None:
+    """Both processes share the refresh; their weights and the checkpoint agree."""
+    run = Run(tables, tmp_path, strategy="ddp_spawn", devices=2, max_epochs=2).fit()
+    [last] = tmp_path.glob("checkpoints/test/*/last.ckpt")
+    saved = torch.load(last, weights_only=False)
+    groups = saved["callbacks"]["BeamNegatives"]["groups"]
+    run.data.load()
+    assert groups["row"].tolist() == sorted(run.data.train_rows(1).tolist())
