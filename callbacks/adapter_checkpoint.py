@@ -82,7 +82,8 @@ class AdapterCheckpoint(ModelCheckpoint):
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)
         if trainer.is_global_zero:
-            trainer.lightning_module.policy.save_adapter(_adapter_folder(filepath))
+            module: Any = trainer.lightning_module
+            module.policy.save_adapter(_adapter_folder(filepath))
 
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         super()._remove_checkpoint(trainer, filepath)

@@ -42,7 +42,7 @@ class BeamNegatives(Callback):
         batch_size: int = 16,
     ) -> None:
         if num_negatives < 1 or every_n_epochs < 1 or batch_size < 1 or (every_n_steps or 1) < 1:
-            raise UserError("BeamNegatives: num_negatives, every_n_epochs, every_n_steps, batch_size must be at least 1")
+            raise UserError("BeamNegatives: its numbers must be at least 1")
         self.num_negatives = num_negatives
         self.num_beam = {"beam": num_negatives, "random": 0, "mixed": (num_negatives + 1) // 2}[mode]
         self.every_n_epochs = every_n_epochs
@@ -66,8 +66,8 @@ class BeamNegatives(Callback):
         trie = pl_module.engine.trie
         if self.num_negatives > trie.num_items - trie.max_duplicates:
             raise UserError(
-                f"BeamNegatives: num_negatives is {self.num_negatives}, but the catalogue of {trie.num_items} items has "
-                "too few that can be a negative"
+                f"BeamNegatives: num_negatives is {self.num_negatives}, but the catalogue of {trie.num_items} items "
+                "has too few that can be a negative"
             )
         _, end = window_bounds(pl_module.alpha, pl_module.d, pl_module.num_negatives)
         if isinstance(pl_module.objective, TAWin) and end > self.num_beam:
@@ -76,7 +76,7 @@ class BeamNegatives(Callback):
                 f"{end:g}: raise num_negatives (beyond {end:g}, or the gate has no lower end) or lower the window"
             )
         if self.groups is not None:
-            self.groups = pl_module.groups = _moved(self.groups, pl_module.device)
+            self.groups = pl_module.groups = self.groups.to(pl_module.device)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: Recommender) -> None:  # type: ignore[override]
         """Refresh the rows of the epochs up to the next refresh."""
@@ -84,7 +84,7 @@ class BeamNegatives(Callback):
         if pl_module.trains_on_windows(epoch) or (epoch - pl_module.warm_start_epochs) % self.every_n_epochs:
             return
         epochs = range(epoch, epoch + self.every_n_epochs)
-        rows = np.unique(np.concatenate([trainer.datamodule.train_rows(e) for e in epochs]))
+        rows = np.unique(np.concatenate([pl_module.data.train_rows(e) for e in epochs]))
         self.refresh(trainer, pl_module, rows)
 
     def on_train_batch_end(  # type: ignore[override]
@@ -162,7 +162,7 @@ class BeamNegatives(Callback):
         return scores[row.argsort()[(row < 0).sum() :]]
 
     def _batches(self, trainer: Trainer, module: Recommender, rows: np.ndarray, title: str) -> Iterable[Batch]:
-        loader = trainer.datamodule.batches(rows, self.batch_size, None, trainer.global_rank, trainer.world_size)
+        loader = module.data.batches(rows, self.batch_size, None, trainer.global_rank, trainer.world_size)
         shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
         for batch in tqdm(loader, desc=title, leave=False, disable=not shown):
             yield batch.to(module.device)
@@ -177,10 +177,6 @@ class BeamNegatives(Callback):
         """Restore :meth:`state_dict`."""
         self.groups = state_dict["groups"] and Groups(**state_dict["groups"])
         self.start = state_dict["start"]
-
-
-def _moved(groups: Groups, device: torch.device) -> Groups:
-    return Groups(**{name: tensor if tensor is None else tensor.to(device) for name, tensor in vars(groups).items()})
 
 
 def _gathered(trainer: Trainer, parts: tuple[Tensor, ...]) -> Tensor:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
+from recsys.module import Recommender
 from recsys.search import Ranking
 from recsys.types import Batch, UserError
 
@@ -34,10 +34,10 @@ class PredictionWriter(BasePredictionWriter):
         if self._path(trainer).exists():
             raise UserError(f"{self._path(trainer)} exists already: move it away or set PredictionWriter's folder")
 
-    def write_on_batch_end(
+    def write_on_batch_end(  # type: ignore[override]
         self,
         trainer: Trainer,
-        pl_module: LightningModule,
+        pl_module: Recommender,
         prediction: Ranking,
         batch_indices: Sequence[int] | None,
         batch: Batch,
@@ -45,7 +45,7 @@ class PredictionWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         """Translate a batch to the source's ids."""
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data = pl_module.data
         ids = np.array(data.catalog.item_ids)
         lines = []
         for i in np.flatnonzero(batch.row.cpu().numpy() >= 0):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from recsys.data import HistoryDataModule
 from recsys.functional import window_bounds
 from recsys.module import Recommender
 from recsys.types import Batch
@@ -90,11 +92,11 @@ class RankingReport(Callback):
         if trainer.sanity_checking:  # Lightning does not log it
             for logger in trainer.loggers:
                 logger.log_metrics({f"val/{k}": result.mean(k) for k in result.values if k != "rank"}, result.step)
-        self._write_ranks(trainer, result, folder)
+        _write_ranks(pl_module.data, result, folder / f"{trainer.state.stage}-step{result.step}.parquet")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_figure("val/roc", roc_figure(result, pl_module), result.step)
-                text = self._examples(trainer, result.row, items)
+                text = self._examples(pl_module.data, result.row, items)
                 logger.experiment.add_text("val/examples", text, result.step)
 
     def _collect(self, trainer: Trainer, module: Recommender) -> Validation:
@@ -120,22 +122,7 @@ class RankingReport(Callback):
             seconds=time.perf_counter() - self._began,
         )
 
-    def _write_ranks(self, trainer: Trainer, result: Validation, folder: Path) -> None:
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        histories, catalog = data.histories, data.catalog
-        frame = pd.DataFrame(
-            {
-                "row": result.row,
-                "user_id": data.user_ids[histories.users[result.row]],
-                "item_id": np.array(catalog.item_ids)[histories.items[result.row]],
-                **result.values,
-            }
-        )
-        folder.mkdir(parents=True, exist_ok=True)
-        frame.to_parquet(folder / f"{trainer.state.stage.value}-step{result.step}.parquet")
-
-    def _examples(self, trainer: Trainer, row: np.ndarray, items: np.ndarray) -> str:
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    def _examples(self, data: HistoryDataModule, row: np.ndarray, items: np.ndarray) -> str:
         titles = data.catalog.titles
         lines = ["| user | history (newest last) | target | top items |", "|---|---|---|---|"]
         for r, best in list(zip(row, items, strict=True))[:: max(1, len(row) // self.examples)][: self.examples]:
@@ -154,12 +141,34 @@ class RankingReport(Callback):
             print(closing_table(self.validations, pl_module.cutoffs, self.resamples), flush=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the validations so far: a resumed run still compares with its start."""
-        return {"validations": [vars(v) for v in self.validations]}
+        """Return the validations so far: a resumed run still compares with its start.
+
+        As tensors: Lightning loads checkpoints with ``weights_only``, which refuses arrays.
+        """
+        return {"validations": [_map_arrays(vars(v), torch.from_numpy) for v in self.validations]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
-        self.validations = [Validation(**v) for v in state_dict["validations"]]
+        self.validations = [Validation(**_map_arrays(v, Tensor.numpy)) for v in state_dict["validations"]]
+
+
+def _map_arrays(fields: dict[str, Any], convert: Callable[[Any], Any]) -> dict[str, Any]:
+    values = {name: convert(array) for name, array in fields["values"].items()}
+    return {**fields, "row": convert(fields["row"]), "values": values}
+
+
+def _write_ranks(data: HistoryDataModule, result: Validation, path: Path) -> None:
+    """Write what each row got, with the source's ids of its user and its target."""
+    frame = pd.DataFrame(
+        {
+            "row": result.row,
+            "user_id": data.user_ids[data.histories.users[result.row]],
+            "item_id": np.array(data.catalog.item_ids)[data.histories.items[result.row]],
+            **result.values,
+        }
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frame.to_parquet(path)
 
 
 def roc_figure(result: Validation, module: Recommender) -> Figure:
@@ -168,7 +177,8 @@ def roc_figure(result: Validation, module: Recommender) -> Figure:
     listed = min(module.beams, module.num_negatives + 1) - 1
     x = np.arange(listed + 1)
     rate = (beaten[None] <= x[:, None]).mean(1)
-    a, b = window_bounds(module.alpha, module.d, module.num_negatives)
+    everyone = module.num_negatives
+    a, b = window_bounds(module.alpha, module.d, everyone)
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.step(x, rate, where="post", color="C0", label="ROC curve")
@@ -180,7 +190,7 @@ def roc_figure(result: Validation, module: Recommender) -> Figure:
         axes.annotate(f"K={k}", (k - 1, rate[k - 1]), textcoords="offset points", xytext=(4, -11), fontsize=8)
     axes.set(xlim=(0, listed), ylim=(0, None), ylabel="true positive rate (Recall@x+1)")
     axes.set_xlabel("negatives above the positive, x")
-    top = axes.secondary_xaxis("top", (lambda n: n / module.num_negatives, lambda f: f * module.num_negatives))
+    top = axes.secondary_xaxis("top", (lambda n: np.divide(n, everyone), lambda f: np.multiply(f, everyone)))
     top.set_xlabel("false positive rate")
     axes.set_title(f"{result.phase}, step {result.step}, {len(result.row)} rows", fontsize=10)
     axes.legend(loc="upper left", fontsize=8)

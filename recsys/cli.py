@@ -39,6 +39,7 @@ class RecsysCLI(LightningCLI):
                 "trainer.reload_dataloaders_every_n_epochs": 1,  # each epoch draws its rows
                 "trainer.use_distributed_sampler": False,  # the data module divides rows among processes
                 "trainer.num_sanity_val_steps": -1,  # validate the untrained policy on all rows
+                "trainer.enable_model_summary": False,  # counts a byte of two 4-bit weights as one weight
             }
         )
 

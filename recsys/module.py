@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics import MetricCollection
 
+from recsys.data import HistoryDataModule
 from recsys.functional import (
     expected_rank,
     gate_open,
@@ -87,6 +88,11 @@ class Recommender(lightning.LightningModule):
     # ---- set-up -----------------------------------------------------------------------------------------------
 
     @property
+    def data(self) -> HistoryDataModule:
+        """The trainer's data module."""
+        return self.trainer.datamodule  # type: ignore[attr-defined]
+
+    @property
     def tokenizer(self) -> Any:
         """The policy's tokenizer."""
         return self.policy.tokenizer
@@ -98,20 +104,24 @@ class Recommender(lightning.LightningModule):
             UserError: if the window or a cut-off does not fit the ranked list, or nothing finds negatives.
         """
         if stage == "fit" and isinstance(self.objective, GRPO) and not self.finds_negatives:
-            raise UserError(f"{type(self.objective).__name__} needs negatives: add callbacks.BeamNegatives to trainer.callbacks")
-        items = len(self.trainer.datamodule.catalog)
+            raise UserError(
+                f"{type(self.objective).__name__} needs negatives: add callbacks.BeamNegatives to trainer.callbacks"
+            )
+        items = len(self.data.catalog)
         self.num_negatives = items - 1
         self.alpha, self.d = self.window.rates(self.num_negatives)
         listed = min(self.beams, items)
         _, end = window_bounds(self.alpha, self.d, self.num_negatives)
         if end > listed - 1:
             raise UserError(
-                f"model.window ends at negative {end:g}, but a list of {listed} items holds {listed - 1} of them: raise "
-                "model.beams or lower the window"
+                f"model.window ends at negative {end:g}, but a list of {listed} items holds {listed - 1} of them: "
+                "raise model.beams or lower the window"
             )
         for k in self.cutoffs:
             if not 1 <= k <= listed:
-                raise UserError(f"model.cutoffs: {k} is not within the ranked list of {listed} items; raise model.beams")
+                raise UserError(
+                    f"model.cutoffs: {k} is not within the ranked list of {listed} items; raise model.beams"
+                )
         metrics: dict[str, Any] = {f"recall@{k}": Recall(k) for k in self.cutoffs}
         metrics |= {f"ndcg@{k}": NDCG(k) for k in self.cutoffs}
         metrics["wpauc"] = WPAUC(self.alpha, self.d)
@@ -124,7 +134,7 @@ class Recommender(lightning.LightningModule):
         device = self.trainer.strategy.root_device
         self.policy.build(device)
         self.policy.train()  # from_pretrained leaves the base in eval mode
-        trie = Trie.from_sequences(self.trainer.datamodule.item_tokens).to(device)
+        trie = Trie.from_sequences(self.data.item_tokens).to(device)
         self.engine = TreeEngine(self.policy, trie, self.normalization)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -186,11 +196,11 @@ class Recommender(lightning.LightningModule):
         if not bool(parts["loss"].isfinite()):
             path = Path(self.trainer.default_root_dir) / f"bad_batch_step{self.global_step}_rank{self.global_rank}.pt"
             torch.save(batch.to("cpu"), path)
-            raise RuntimeError(f"the loss is {parts['loss'].item()} on rows {batch.row.tolist()}; batch saved as {path}")
+            loss, rows = parts["loss"].item(), batch.row.tolist()
+            raise RuntimeError(f"the loss is {loss} on rows {rows}; batch saved as {path}")
         self.log_dict({f"train/{name}": value.detach() for name, value in parts.items()}, batch_size=len(batch))
-        seconds, rows = self._clock
-        self._clock = (time.perf_counter(), self.engine.token_rows)
-        self.log("train/tokens_per_second", (self._clock[1] - rows) / (self._clock[0] - seconds))
+        before, self._clock = self._clock, (time.perf_counter(), self.engine.token_rows)
+        self.log("train/tokens_per_second", (self._clock[1] - before[1]) / (self._clock[0] - before[0]))
         return parts["loss"]
 
     def _policy_step(self, batch: Batch, objective: GRPO) -> dict[str, Tensor]:

@@ -175,7 +175,7 @@ class LLMPolicy(Policy):
         model: str = DEFAULT_MODEL,
         quantization: Literal["nf4", "none"] = "nf4",
         dtype: Literal["auto", "float32", "bfloat16"] = "auto",
-        lora: Lora = Lora(),  # noqa: B008 - frozen
+        lora: Lora = Lora(),
         adapter: str | None = None,
         gradient_checkpointing: bool = False,
         cache_dir: str = "~/.cache/recsys",
@@ -213,7 +213,7 @@ class LLMPolicy(Policy):
 
     def load(self, device: torch.device) -> Any:
         """Load the base in its precision, then put the adapter on it."""
-        from peft import LoraConfig, PeftModel, get_peft_model
+        from peft import PeftModel
         from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
         dtype = compute_dtype(device) if self.dtype == "auto" else getattr(torch, self.dtype)
@@ -235,17 +235,8 @@ class LLMPolicy(Policy):
         if self.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
         if self.adapter is None:
-            shape = self.lora
-            return get_peft_model(
-                base,
-                LoraConfig(
-                    r=shape.r,
-                    lora_alpha=shape.alpha,
-                    lora_dropout=shape.dropout,
-                    target_modules=shape.target_modules,
-                    task_type="CAUSAL_LM",
-                ),
-            )
+            assert self.lora is not None
+            return add_adapter(base, self.lora)
         model = PeftModel.from_pretrained(base, self.adapter, is_trainable=True)
         check_adapter(model, self.adapter)
         return model
@@ -280,7 +271,6 @@ class TinyPolicy(Policy):
 
     def load(self, device: torch.device) -> Any:
         """Make the model from its seed; the run's random state is left as it was."""
-        from peft import LoraConfig, get_peft_model
         from transformers import LlamaConfig, LlamaForCausalLM
 
         config = LlamaConfig(
@@ -294,16 +284,7 @@ class TinyPolicy(Policy):
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             model = LlamaForCausalLM(config).to(device)
-            if self.lora is None:
-                return model
-            adapter = LoraConfig(
-                r=self.lora.r,
-                lora_alpha=self.lora.alpha,
-                lora_dropout=self.lora.dropout,
-                target_modules=self.lora.target_modules,
-                task_type="CAUSAL_LM",
-            )
-            return get_peft_model(model, adapter)
+            return add_adapter(model, self.lora) if self.lora else model
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -317,6 +298,20 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else torch.float32
 
 
+def add_adapter(base: Any, lora: Lora) -> Any:
+    """Return ``base`` as a PeftModel with a new adapter, its weights in float32."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(base, config)
+
+
 def keep_weights_in_place(model: nn.Module) -> None:
     """Stop bitsandbytes from repacking 4-bit weights at the first eval-mode forward.
 
@@ -325,7 +320,7 @@ def keep_weights_in_place(model: nn.Module) -> None:
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - an attribute of Linear4bit alone
 
 
 def check_adapter(model: Any, folder: str) -> None:

@@ -186,9 +186,9 @@ class TreeEngine:
         prompt = (place < length[:, None])[:, None]  # [B, 1, L]
         size = node.shape[1]
         # Padding of a prompt sees what precedes it, so that no row is empty; nothing sees the padding.
-        above = torch.cat([place[:, None] >= place, torch.zeros(width, size, dtype=torch.bool, device=tokens.device)], 1)
+        causal = torch.nn.functional.pad(place[:, None] >= place, (0, size))
         below = torch.cat([prompt.expand(-1, size, -1), tree.ancestors()], 2)
-        mask = torch.cat([above.expand(users, -1, -1), below], 1)[:, None]  # [B, 1, L + N, L + N]
+        mask = torch.cat([causal.expand(users, -1, -1), below], 1)[:, None]  # [B, 1, L + N, L + N]
         positions = torch.cat([place.expand(users, -1), length[:, None] + self.trie.depth(node) - 1], 1)
         self.token_rows += mask.shape[0] * mask.shape[2]
         hidden = self.policy.hidden(

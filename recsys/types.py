@@ -47,6 +47,11 @@ class Groups:
     behaviour: Tensor  # [R, G] float32, log-probabilities under the policy that made the groups
     reference: Tensor | None  # [R, G] float32, the same under the policy at the start of the phase, if a loss reads it
 
+    def to(self, device: torch.device) -> Groups:
+        """Move every field to ``device``."""
+        reference = None if self.reference is None else self.reference.to(device)
+        return Groups(self.row.to(device), self.items.to(device), self.behaviour.to(device), reference)
+
     def find(self, row: Tensor) -> Tensor:
         """Return the index ``[B]`` of each row id.
 

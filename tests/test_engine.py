@@ -176,9 +176,7 @@ def test_random_catalogues(normalization: str) -> None:
     policy.build(torch.device("cpu"))
     for seed in range(6):
         rng = random.Random(seed)
-        sequences = [
-            [rng.randint(1, 4) for _ in range(rng.randint(1, 6))] + [0] for _ in range(rng.randint(1, 40))
-        ]
+        sequences = [[rng.randint(1, 4) for _ in range(rng.randint(1, 6))] + [0] for _ in range(rng.randint(1, 40))]
         engine = TreeEngine(policy, Trie.from_sequences(sequences), normalization)
         found = beam_search(engine, engine.prefill(*batch(PROMPTS[:2])), len(sequences))
         with torch.no_grad():

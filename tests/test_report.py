@@ -1,0 +1,58 @@
+"""The figure, the bootstrap and the closing table."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from callbacks.ranking_report import Validation, bootstrap_interval, closing_table, roc_figure
+
+
+def validation(phase: str, ranks: list[float], step: int = 0) -> Validation:
+    rank = np.array(ranks)
+    values = {f"recall@{k}": (rank <= k).astype(float) for k in (1, 10)}
+    values |= {f"ndcg@{k}": (rank <= k) / np.log2(rank + 1) for k in (1, 10)}
+    window = np.arange(3, 8)  # recalls of the window (2, 7]
+    values |= {"wpauc": (rank[:, None] <= window).mean(1), "rank": rank}
+    return Validation(phase, step, np.arange(len(rank)), values, train_seconds=2.0, seconds=1.0)
+
+
+def test_bootstrap_interval_of_a_mean_has_the_width_of_its_standard_error() -> None:
+    rng = np.random.default_rng(0)
+    difference = rng.normal(0.3, 2.0, size=400)
+    low, high = bootstrap_interval(difference, 4000)
+    error = difference.std() / np.sqrt(400)
+    assert low == pytest.approx(difference.mean() - 1.96 * error, abs=0.15 * error)
+    assert high == pytest.approx(difference.mean() + 1.96 * error, abs=0.15 * error)
+
+
+def test_closing_table_takes_the_last_of_each_phase_and_pairs_the_rows() -> None:
+    runs = [
+        validation("start", [50, 50, 50, 50]),
+        validation("warm start", [50, 50, 50, 9]),
+        validation("warm start", [50, 50, 9, 9]),
+        validation("TAWin", [50, 1, 9, 9]),
+    ]
+    text = closing_table(runs, (1, 10), resamples=200)
+    lines = [line.split() for line in text.splitlines() if line]
+    assert lines[1][:2] == ["start", "4"]
+    assert lines[2][:5] == ["warm", "start", "4", "0.0000", "0.5000"]
+    assert lines[2][-2:] == ["4", "2"]  # seconds of both warm-start epochs
+    assert lines[3][:4] == ["TAWin", "4", "0.2500", "0.7500"]
+    assert "recall@10: TAWin - start = +0.7500" in text
+    assert "recall@10: TAWin - warm start = +0.2500" in text
+
+
+def test_roc_figure_draws_recall_against_rank_and_shades_the_window() -> None:
+    ranks = [1, 1, 4, 9, 30, np.inf]
+    module = SimpleNamespace(beams=21, num_negatives=100, alpha=0.02, d=0.05, cutoffs=(1, 5, 10))
+    axes = roc_figure(validation("TAWin", ranks), module).axes[0]
+    curve = axes.lines[0]
+    for k in range(1, 21):
+        assert curve.get_ydata()[k - 1] == pytest.approx(np.mean([r <= k for r in ranks]))
+    [shade] = [p for p in axes.patches if p.get_alpha() == 0.15]
+    assert (shade.get_x(), shade.get_x() + shade.get_width()) == pytest.approx((2, 7))
+    marks = [(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines[1:]]
+    assert marks == [(k - 1, pytest.approx(np.mean([r <= k for r in ranks]))) for k in (1, 5, 10)]
