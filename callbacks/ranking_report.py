@@ -92,7 +92,7 @@ class RankingReport(Callback):
         if trainer.sanity_checking:  # Lightning does not log it
             for logger in trainer.loggers:
                 logger.log_metrics({f"val/{k}": result.mean(k) for k in result.values if k != "rank"}, result.step)
-        _write_ranks(pl_module.data, result, folder / f"{trainer.state.stage}-step{result.step}.parquet")
+        _write_ranks(pl_module.data, result, folder / f"step{result.step}.parquet")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_figure("val/roc", roc_figure(result, pl_module), result.step)

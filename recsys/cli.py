@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
@@ -19,10 +22,7 @@ class SaveConfig(SaveConfigCallback):
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Log the model's and the data's settings, flattened, to every logger."""
-        config = self.parser.dump(self.config, skip_none=False, format="parser_mode")
-        import yaml
-
-        settings = yaml.safe_load(config)
+        settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
         flat = _flatten({k: settings[k] for k in ("model", "data", "seed_everything") if k in settings})
         for logger in trainer.loggers:
             logger.log_hyperparams(flat)
@@ -59,6 +59,7 @@ def main(args: list[str] | None = None) -> None:
     Raises:
         SystemExit: with code 1 and one line on stderr for a mistake in the input, code 2 for one in the arguments.
     """
+    _hide_noise()
     try:
         RecsysCLI(
             Recommender,
@@ -73,6 +74,14 @@ def main(args: list[str] | None = None) -> None:
     except UserError as error:
         print(f"recsys: error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def _hide_noise() -> None:
+    """Hide messages of the libraries beneath about each other, on which a user cannot act."""
+    warnings.filterwarnings("ignore", message=r".*is_gradient_checkpointing.*", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
+    warnings.filterwarnings("ignore", message=r".*torch\.jit\.script_method.*", category=DeprecationWarning)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # an optional kernel that it lacks
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from recsys.data import PromptTemplate
 from recsys.module import Recommender
 from recsys.objectives import GRPO, SupervisedFineTuning, TAWin
 from recsys.policy import Lora, TinyPolicy
@@ -65,7 +66,7 @@ def test_logged_metrics_are_the_means_of_the_rows(finished: tuple[Run, Losses]) 
     last = run.report.validations[-1]
     for name in ("recall@1", "recall@5", "recall@10", "ndcg@5", "wpauc"):
         assert run.trainer.callback_metrics[f"val/{name}"].item() == pytest.approx(last.mean(name))
-    frame = pd.read_parquet(Path(run.trainer.log_dir) / "ranks" / f"validate-step{last.step}.parquet")
+    frame = pd.read_parquet(Path(run.trainer.log_dir) / "ranks" / f"step{last.step}.parquet")
     assert len(frame) == len(run.data.histories.val)
     no_ties = frame[frame["rank"] % 1 == 0]
     assert ((no_ties["rank"] <= 5) == (no_ties["recall@5"] == 1)).all()
@@ -229,6 +230,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_batch(tables, tmp
         ({"negatives": {"num_negatives": 4}}, "window ends at negative 5"),
         ({"negatives": {"mode": "random"}}, "window ends at negative 5"),
         ({"negatives": {"num_negatives": 19}}, "too few that can be a negative"),
+        ({"data": {"prompt": PromptTemplate("Seen:\n{history}", max_tokens=5000)}}, "positions"),
         ({"reload_dataloaders_every_n_epochs": 0}, "reload_dataloaders_every_n_epochs"),
     ],
 )
