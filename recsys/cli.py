@@ -11,6 +11,8 @@ from typing import Any
 import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch.utils.tensorboard.summary import hparams
 
 from recsys.data import HistoryDataModule
 from recsys.module import Recommender
@@ -26,6 +28,9 @@ class SaveConfig(SaveConfigCallback):
         flat = _flatten({k: settings[k] for k in ("model", "data", "seed_everything") if k in settings})
         for logger in trainer.loggers:
             logger.log_hyperparams(flat)
+            if isinstance(logger, TensorBoardLogger):  # names the metrics of the HParams tab without logging values
+                for summary in hparams(flat, {"val/wpauc": 0, "val/recall@10": 0}):
+                    logger.experiment.file_writer.add_summary(summary)
 
 
 class RecsysCLI(LightningCLI):
@@ -88,7 +93,10 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
-        flat |= _flatten(value, f"{name}/") if isinstance(value, dict) else {name: value}
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{name}/")
+        else:
+            flat[name] = value if isinstance(value, bool | int | float | str) else str(value)
     return flat
 
 

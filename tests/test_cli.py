@@ -75,6 +75,8 @@ def test_shipped_configs_run(name: str, small: list[str], tmp_path: Path, capsys
 def test_fit_then_resume_test_and_predict(small: list[str], tmp_path: Path) -> None:
     config = config_with("debug.yaml", tmp_path)
     main(["fit", config, *small])
+    [events] = tmp_path.glob("runs/*/version_0/events*")
+    assert b"model/objective/init_args/gate" in events.read_bytes()  # hyperparameters, for the HParams tab
     [checkpoint] = tmp_path.glob("checkpoints/*/version_0/last.ckpt")
     main(["fit", config, *small, f"--ckpt_path={checkpoint}", "--trainer.max_epochs=3"])
     assert list(tmp_path.glob("checkpoints/*/version_1/last.ckpt"))
