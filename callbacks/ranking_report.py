@@ -172,10 +172,9 @@ def _write_ranks(data: HistoryDataModule, result: Validation, path: Path) -> Non
 
 
 def roc_figure(result: Validation, module: Recommender) -> Figure:
-    """Plot the share of rows whose positive is beaten by at most x negatives, up to the end of the ranked list."""
+    """Plot the share of rows whose positive is beaten by at most x negatives, for the x around the cut-offs."""
     beaten = result.values["rank"] - 1
-    listed = min(module.beams, module.num_negatives + 1) - 1
-    x = np.arange(listed + 1)
+    x = np.arange(min(module.listed, 4 * max(module.cutoffs)))
     rate = (beaten[None] <= x[:, None]).mean(1)
     everyone = module.num_negatives
     a, b = window_bounds(module.alpha, module.d, everyone)
@@ -188,7 +187,7 @@ def roc_figure(result: Validation, module: Recommender) -> Figure:
     for k in module.cutoffs:
         axes.plot(k - 1, rate[k - 1], "o", color="C3", markersize=4)
         axes.annotate(f"K={k}", (k - 1, rate[k - 1]), textcoords="offset points", xytext=(4, -11), fontsize=8)
-    axes.set(xlim=(0, listed), ylim=(0, None), ylabel="true positive rate (Recall@x+1)")
+    axes.set(xlim=(0, x[-1]), ylim=(0, None), ylabel="true positive rate (Recall@x+1)")
     axes.set_xlabel("negatives above the positive, x")
     top = axes.secondary_xaxis("top", (lambda n: np.divide(n, everyone), lambda f: np.multiply(f, everyone)))
     top.set_xlabel("false positive rate")

@@ -48,6 +48,7 @@ class Recommender(lightning.LightningModule):
         warm_start_epochs: Epochs of the warm start; 0 to start with ``objective`` at once.
         normalization: Distribution over items: ``trie`` (softmax over the legal tokens) or ``vocab`` (over all).
         beams: Width of the beam search in validation, test and prediction: the length of the ranked list.
+        exact: Score the whole catalogue there in place of a search; the ranked list then holds every item.
         cutoffs: Values of K for ``recall@K`` and ``ndcg@K``.
         weight_decay: AdamW's weight decay.
         lr_warmup: Share of each phase in which the learning rate rises.
@@ -62,6 +63,7 @@ class Recommender(lightning.LightningModule):
         warm_start_epochs: int = 0,
         normalization: Normalization = "trie",
         beams: int = 50,
+        exact: bool = False,
         cutoffs: tuple[int, ...] = (1, 5, 10, 20),
         weight_decay: float = 0.0,
         lr_warmup: float = 0.05,
@@ -76,6 +78,7 @@ class Recommender(lightning.LightningModule):
         self.warm_start_epochs = warm_start_epochs
         self.normalization: Normalization = normalization
         self.beams = beams
+        self.exact = exact
         self.cutoffs = cutoffs
         self.weight_decay = weight_decay
         self.lr_warmup = lr_warmup
@@ -110,17 +113,17 @@ class Recommender(lightning.LightningModule):
         items = len(self.data.catalog)
         self.num_negatives = items - 1
         self.alpha, self.d = self.window.rates(self.num_negatives)
-        listed = min(self.beams, items)
+        self.listed = items if self.exact else min(self.beams, items)
         _, end = window_bounds(self.alpha, self.d, self.num_negatives)
-        if end > listed - 1:
+        if end > self.listed - 1:
             raise UserError(
-                f"model.window ends at negative {end:g}, but a list of {listed} items holds {listed - 1} of them: "
+                f"model.window ends at negative {end:g}, but a list of {self.listed} items holds {self.listed - 1} of them: "
                 "raise model.beams or lower the window"
             )
         for k in self.cutoffs:
-            if not 1 <= k <= listed:
+            if not 1 <= k <= self.listed:
                 raise UserError(
-                    f"model.cutoffs: {k} is not within the ranked list of {listed} items; raise model.beams"
+                    f"model.cutoffs: {k} is not within the ranked list of {self.listed} items; raise model.beams"
                 )
         metrics: dict[str, Any] = {f"recall@{k}": Recall(k) for k in self.cutoffs}
         metrics |= {f"ndcg@{k}": NDCG(k) for k in self.cutoffs}
@@ -245,7 +248,11 @@ class Recommender(lightning.LightningModule):
     def rank(self, batch: Batch) -> Ranking:
         """Return the best items of each row."""
         with torch.no_grad():
-            return beam_search(self.engine, self.engine.prefill(batch.tokens, batch.length), self.beams)
+            prompt = self.engine.prefill(batch.tokens, batch.length)
+            if not self.exact:
+                return beam_search(self.engine, prompt, self.beams)
+            scores, items = self.engine.score_all(prompt).sort(dim=1, descending=True, stable=True)
+            return Ranking(items, scores, torch.ones_like(items, dtype=torch.bool))
 
     def _evaluate(self, batch: Batch, metrics: MetricCollection) -> dict[str, Tensor]:
         found = self.rank(batch)

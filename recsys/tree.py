@@ -156,7 +156,7 @@ class TreeEngine:
         edge = (path >= 0) & self.predicts(before.clamp(min=0))
         slot = tree.slot_of(torch.where(edge, before, 0).flatten(1))  # [B, G * D]
 
-        node = torch.cat([torch.zeros_like(tree.node[:, :1]), tree.node], 1)  # [B, 1 + N], trie node of each slot
+        node = torch.nn.functional.pad(tree.node, (1, 0))  # [B, 1 + N], trie node of each slot
         used = (node < len(self.trie)) & self.predicts(node.clamp(max=len(self.trie) - 1))
         row = used.flatten().cumsum(0).view(used.shape) - 1  # rows of the head, only where something is predicted
         user, item, _ = edge.nonzero(as_tuple=True)
@@ -259,6 +259,15 @@ class TreeEngine:
             hidden = torch.cat([hidden, self.append(prompt, node, tree.ancestors())], 1)
             self.rewind(prompt)
         return self.item_logprobs(tree, hidden, items)
+
+    def score_all(self, prompt: PromptCache, chunk: int = 256) -> Tensor:
+        """Score the whole catalogue after cached prompts, ``chunk`` items at a time. Returns ``[B, M]``."""
+        order = self.trie.lexical
+        users = len(prompt.last)
+        parts = [self.score(prompt, items.expand(users, -1)) for items in order.split(chunk)]
+        scores = torch.empty(users, len(order), device=order.device)
+        scores[:, order] = torch.cat(parts, 1)
+        return scores
 
     def rewind(self, prompt: PromptCache) -> None:
         """Drop the tree rows from the cache."""

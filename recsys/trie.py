@@ -26,10 +26,11 @@ class Trie:
         leaf_nodes: ``[leaves]`` int32, ascending.
         leaf_offsets: ``[leaves + 1]`` int64 into ``leaf_items``.
         leaf_items: ``[M]`` int64; catalogue indices, grouped by leaf.
+        lexical: ``[M]`` int64; catalogue indices in the order of their sequences, so that neighbours share prefixes.
         levels: ``[depth + 1]`` int64; first node of each level, so that ``levels[0] == 0`` is the root.
     """
 
-    FIELDS = ("offsets", "tokens", "branch", "leaf", "leaf_nodes", "leaf_offsets", "leaf_items", "levels")
+    FIELDS = ("offsets", "tokens", "branch", "leaf", "leaf_nodes", "leaf_offsets", "leaf_items", "lexical", "levels")
 
     offsets: Tensor
     tokens: Tensor
@@ -38,6 +39,7 @@ class Trie:
     leaf_nodes: Tensor
     leaf_offsets: Tensor
     leaf_items: Tensor
+    lexical: Tensor
     levels: Tensor
 
     def __init__(self, **tensors: Tensor) -> None:
@@ -110,6 +112,7 @@ class Trie:
             leaf_nodes=leaf_nodes,
             leaf_offsets=torch.cat([count.new_zeros(1), count.cumsum(0)]),
             leaf_items=leaf_items,
+            lexical=order,
             levels=torch.tensor(levels, dtype=torch.int64, device=device),
         )
 

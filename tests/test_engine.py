@@ -76,6 +76,14 @@ def test_one_pass_and_cached_scores_equal_full_rows(kind: str, normalization: st
 
 
 @pytest.mark.parametrize("normalization", ["trie", "vocab"])
+@pytest.mark.parametrize("chunk", [1, 5, 100])
+def test_exact_scores_of_the_whole_catalogue(normalization: str, chunk: int) -> None:
+    engine = make(normalization=normalization)
+    found = engine.score_all(engine.prefill(*batch(PROMPTS)), chunk)
+    torch.testing.assert_close(found, reference(engine), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("normalization", ["trie", "vocab"])
 def test_groups_that_differ_by_user(normalization: str) -> None:
     engine = make(normalization=normalization)
     items = torch.tensor([[0, 1, 2], [6, 6, 11], [4, 10, 5]])
@@ -88,6 +96,15 @@ def test_only_needed_rows_go_through_the_model() -> None:
     tokens, length = batch(PROMPTS[:1])
     engine.forward(tokens, length, torch.tensor([[6, 11]]))  # Ronin branches from Ran after R; X is forced
     assert engine.token_rows == tokens.shape[1] + 1
+
+
+def test_items_that_need_no_row_at_all() -> None:
+    """X is forced after its first token: only the prompt goes through the model."""
+    engine = make(normalization="trie")
+    tokens, length = batch(PROMPTS)
+    scores, _ = engine.forward(tokens, length, torch.full((3, 1), 11))
+    torch.testing.assert_close(scores[:, 0], reference(engine)[:, 11], atol=2e-5, rtol=1e-5)
+    assert engine.token_rows == tokens.numel()
 
 
 def test_trie_normalisation_is_a_distribution_over_titles() -> None:

@@ -265,6 +265,17 @@ def test_every_objective_moves_all_trained_weights(tables, tmp_path: Path, objec
     assert all(not torch.equal(weight, before[name]) for name, weight in run.weights.items())
 
 
+def test_exact_validation_ranks_as_a_beam_as_wide_as_the_catalogue(tables, tmp_path: Path) -> None:
+    beam = Run(tables, tmp_path / "beam", model={"beams": 20})
+    exact = Run(tables, tmp_path / "exact", model={"exact": True, "window": Window(alpha=0.0, d=1.0)})
+    wide = beam.trainer.validate(beam.model, beam.data, verbose=False)[0]
+    full = exact.trainer.validate(exact.model, exact.data, verbose=False)[0]
+    for name in ("val/recall@1", "val/recall@10", "val/ndcg@5"):
+        assert full[name] == pytest.approx(wide[name], abs=1e-6)
+    ranks = exact.report.validations[-1].values["rank"]
+    assert full["val/wpauc"] == pytest.approx((1 - (ranks - 1) / 19).mean())  # the window [0, 1] is the AUC
+
+
 def test_two_processes_validate_as_one(tables, tmp_path: Path) -> None:
     alone = Run(tables, tmp_path / "one").trainer
     one = Run(tables, tmp_path / "one")

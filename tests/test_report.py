@@ -47,7 +47,7 @@ def test_closing_table_takes_the_last_of_each_phase_and_pairs_the_rows() -> None
 
 def test_roc_figure_draws_recall_against_rank_and_shades_the_window() -> None:
     ranks = [1, 1, 4, 9, 30, np.inf]
-    module = SimpleNamespace(beams=21, num_negatives=100, alpha=0.02, d=0.05, cutoffs=(1, 5, 10))
+    module = SimpleNamespace(listed=21, num_negatives=100, alpha=0.02, d=0.05, cutoffs=(1, 5, 10))
     axes = roc_figure(validation("TAWin", ranks), module).axes[0]
     curve = axes.lines[0]
     for k in range(1, 21):
