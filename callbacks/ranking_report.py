@@ -211,7 +211,8 @@ def closing_table(validations: list[Validation], cutoffs: tuple[int, ...], resam
     names = [f"recall@{k}" for k in cutoffs] + [f"ndcg@{k}" for k in cutoffs] + ["wpauc"]
     trained = {p: sum(v.train_seconds for v in validations if v.phase == p) for p in last_of_phase}
     validated = {p: sum(v.seconds for v in validations if v.phase == p) for p in last_of_phase}
-    header = ["validation after", "rows", *names, "train s", "val s"]
+    short = [name.replace("recall", "R").replace("ndcg", "N").upper() for name in names]
+    header = ["validation after", "rows", *short, "train s", "val s"]
     lines = [header]
     for v in shown:
         times = ["-" if v is validations[0] else f"{trained[v.phase]:.0f}", f"{validated[v.phase]:.0f}"]

@@ -117,8 +117,8 @@ class Recommender(lightning.LightningModule):
         _, end = window_bounds(self.alpha, self.d, self.num_negatives)
         if end > self.listed - 1:
             raise UserError(
-                f"model.window ends at negative {end:g}, but a list of {self.listed} items holds {self.listed - 1} of them: "
-                "raise model.beams or lower the window"
+                f"model.window ends at negative {end:g}, but a list of {self.listed} items holds {self.listed - 1} of "
+                "them: raise model.beams or lower the window"
             )
         for k in self.cutoffs:
             if not 1 <= k <= self.listed:

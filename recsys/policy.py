@@ -355,6 +355,7 @@ def byte_tokenizer() -> Any:
 
 def _default_model(cache_dir: str) -> Path:
     """Return the folder of the default model in the ``transformers`` format, converted from GGUF once."""
+    import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = Path(cache_dir).expanduser() / DEFAULT_MODEL
@@ -362,11 +363,16 @@ def _default_model(cache_dir: str) -> Path:
         return folder
     file = fetch(SMOLLM2, cache_dir)
     log.info("converting %s for transformers, once", file.name)
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
-    # The weights are dequantised now, but the config still names GGUF, and save_pretrained refuses such a model.
-    del model.config.quantization_config
-    del model.hf_quantizer
+    # Some releases of transformers leave GGUF weights packed where they have a kernel for them.
+    config = getattr(transformers, "GgufConfig", None)
+    options = {"quantization_config": config(dequantize=True)} if config else {}
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, **options)
+    # The weights are plain now, but the model still says that they are GGUF, and save_pretrained refuses that.
+    for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer")):
+        if hasattr(owner, name):
+            delattr(owner, name)
     model.is_quantized = False
+    model.to(torch.bfloat16)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         model.save_pretrained(scratch)
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(scratch)

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
+from gguf import GGUFReader, dequantize
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from recsys.assets import SMOLLM2
 from recsys.policy import LLMPolicy, Lora, TinyPolicy, byte_tokenizer, compute_dtype
 from recsys.types import UserError
 
@@ -162,6 +164,10 @@ def test_the_default_model_loads_as_a_4_bit_policy_and_its_gradients_survive_an_
     policy.build(CPU)
     trained, total = policy.num_parameters()
     assert (trained, total - trained) == (4_884_480, 134_515_008)
+    reader = GGUFReader(SMOLLM2.path(policy.cache_dir))  # the conversion against gguf's own reading of the file
+    [packed] = [tensor for tensor in reader.tensors if tensor.name == "token_embd.weight"]
+    expected = torch.from_numpy(dequantize(packed.data, packed.tensor_type)).bfloat16()
+    assert torch.equal(policy.causal_lm.get_input_embeddings().weight.cpu().bfloat16(), expected)
     policy.train()
     before = gradients(policy)
     policy.eval()
