@@ -82,6 +82,8 @@ class RankingReport(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: Recommender) -> None:  # type: ignore[override]
         """Write figure, examples and ranks."""
+        if trainer.sanity_checking and self.validations:
+            return  # a resumed run repeats the validation that its checkpoint ends with
         result = self._collect(trainer, pl_module)
         items = result.values.pop("items")
         self.validations.append(result)

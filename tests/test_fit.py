@@ -108,6 +108,13 @@ def test_checkpoints_are_small_and_resume_is_exact(tables, tmp_path: Path) -> No
     assert saved.keys() == {f"policy.{name}" for name in whole.weights}
 
 
+def test_a_run_that_continues_after_its_end_still_compares_with_its_start(tables, tmp_path: Path) -> None:
+    first = Run(tables, tmp_path / "first", max_epochs=2).fit()
+    more = Run(tables, tmp_path / "more", max_epochs=3).fit(ckpt_path=str(first.checkpoints / "last.ckpt"))
+    assert [v.phase for v in more.report.validations] == ["start", "warm start", "TAWin", "TAWin"]
+    assert more.report.validations[0].mean("ndcg@10") == first.report.validations[0].mean("ndcg@10")
+
+
 def test_best_and_last_checkpoints_and_the_adapter_in_pefts_format(tables, tmp_path: Path) -> None:
     from peft import PeftModel
 
