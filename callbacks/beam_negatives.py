@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -110,9 +110,8 @@ class BeamNegatives(Callback):
             negatives, found = self._negatives(module, prompt, batch.target, generator)
             items = torch.cat([batch.target[:, None], negatives], 1)
             parts.append((batch.row, items, module.engine.score(prompt, items), found))
-        row, items, behaviour, found = (_gathered(trainer, column) for column in zip(*parts, strict=True))
-        order = row.argsort()[(row < 0).sum() :]  # fillers first
-        groups = Groups(row[order], items[order], behaviour[order], None)
+        row, items, behaviour, found = _gathered(trainer, parts)
+        groups = Groups(row, items, behaviour, None)
         objective = module.objective_at(trainer.current_epoch)
         if isinstance(objective, GRPO) and objective.kl_coef:
             groups.reference = self._reference(trainer, module, groups)
@@ -120,7 +119,7 @@ class BeamNegatives(Callback):
 
         log = {"seconds": time.perf_counter() - began, "rows": float(len(groups.row))}
         if self.num_beam:
-            log["positive_found"] = found[order].float().mean().item()
+            log["positive_found"] = found.float().mean().item()
         if self.groups is not None and (overlap := _overlap(self.groups, groups)) is not None:
             log["overlap"] = overlap
         for logger in trainer.loggers:
@@ -158,8 +157,8 @@ class BeamNegatives(Callback):
                 prompt = module.engine.prefill(batch.tokens, batch.length)
                 scores = module.engine.score(prompt, groups.items[groups.find(batch.row.clamp(min=0))])
                 parts.append((batch.row, scores))
-        row, scores = (_gathered(trainer, column) for column in zip(*parts, strict=True))
-        return scores[row.argsort()[(row < 0).sum() :]]
+        _, scores = _gathered(trainer, parts)
+        return scores
 
     def _batches(self, trainer: Trainer, module: Recommender, rows: np.ndarray, title: str) -> Iterable[Batch]:
         loader = module.data.batches(rows, self.batch_size, None, trainer.global_rank, trainer.world_size)
@@ -179,10 +178,13 @@ class BeamNegatives(Callback):
         self.start = state_dict["start"]
 
 
-def _gathered(trainer: Trainer, parts: tuple[Tensor, ...]) -> Tensor:
-    """Join the batches, which are equally many on every process, and then the processes."""
-    joined = trainer.strategy.all_gather(torch.cat(parts))
-    return joined.flatten(0, 1) if trainer.world_size > 1 else joined
+def _gathered(trainer: Trainer, parts: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
+    """Join the columns of batches, equally many on every process, and sort by the first, the row; drops fillers."""
+    columns = [trainer.strategy.all_gather(torch.cat(column)) for column in zip(*parts, strict=True)]
+    if trainer.world_size > 1:
+        columns = [column.flatten(0, 1) for column in columns]
+    order = columns[0].argsort()[(columns[0] < 0).sum() :]
+    return [column[order] for column in columns]
 
 
 def _overlap(old: Groups, new: Groups) -> float | None:

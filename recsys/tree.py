@@ -38,6 +38,7 @@ class TokenTree:
     node: Tensor  # [B, N] int64, ascending trie nodes; rows are filled up with a number past the last trie node
     parent: Tensor  # [B, N] int64, slot of each node's parent
     depth: int  # of the deepest node
+    path: Tensor  # [B, G, D] int64, trie nodes of the items that the tree scores, -1 past the leaf
 
     def slot_of(self, node: Tensor) -> Tensor:
         """Return the slots ``[B, X]`` of the trie nodes ``[B, X]``; each must be the root or in the tree."""
@@ -144,16 +145,19 @@ class TreeEngine:
         size, depth = torch.stack([new.sum(1).max(), runs.sum(-1).max()]).tolist()
         compact = torch.full((len(items), size + 1), past, device=items.device)  # the last column takes the rest
         compact.scatter_(1, torch.where(new, new.cumsum(1) - 1, size), node)
-        tree = TokenTree(compact[:, :size].contiguous(), torch.empty(0), depth)
+        tree = TokenTree(compact[:, :size].contiguous(), torch.empty(0), depth, path)
         parent = self.trie.parent(tree.node.clamp(max=past - 1))
         tree.parent = torch.where(tree.node < past, tree.slot_of(parent), 0)
         return tree
 
-    def item_logprobs(self, tree: TokenTree, hidden: Tensor, items: Tensor) -> Tensor:
-        """Return the scores ``[B, G]`` of items from the hidden states ``[B, 1 + N, H]`` at their tree's slots."""
-        path = self.trie.paths(items)  # [B, G, D]
-        before = torch.cat([torch.zeros_like(path[..., :1]), path[..., :-1]], -1)
-        edge = (path >= 0) & self.predicts(before.clamp(min=0))
+    def _edges(self, path: Tensor) -> tuple[Tensor, Tensor]:
+        """Return for each node of paths ``[..., D]`` its parent, and whether the step to it has a log-probability."""
+        before = torch.nn.functional.pad(path[..., :-1], (1, 0))
+        return before, (path >= 0) & self.predicts(before.clamp(min=0))
+
+    def item_logprobs(self, tree: TokenTree, hidden: Tensor) -> Tensor:
+        """Return the scores ``[B, G]`` of the tree's items from the hidden states ``[B, 1 + N, H]`` at its slots."""
+        before, edge = self._edges(tree.path)
         slot = tree.slot_of(torch.where(edge, before, 0).flatten(1))  # [B, G * D]
 
         node = torch.nn.functional.pad(tree.node, (1, 0))  # [B, 1 + N], trie node of each slot
@@ -161,8 +165,8 @@ class TreeEngine:
         row = used.flatten().cumsum(0).view(used.shape) - 1  # rows of the head, only where something is predicted
         user, item, _ = edge.nonzero(as_tuple=True)
         flat = edge.flatten(1)
-        logprobs = self._edge_logprobs(hidden[used], node[used], row.gather(1, slot)[flat], path[edge])
-        scores = logprobs.new_zeros(items.shape)
+        logprobs = self._edge_logprobs(hidden[used], node[used], row.gather(1, slot)[flat], tree.path[edge])
+        scores = logprobs.new_zeros(tree.path.shape[:2])
         return scores.index_put((user, item), logprobs, accumulate=True)
 
     # ---- one pass with gradients ------------------------------------------------------------------------------
@@ -194,8 +198,7 @@ class TreeEngine:
         hidden = self.policy.hidden(
             torch.cat([tokens, self.trie.tokens[node].long()], 1), attention_mask=mask, position_ids=positions
         )
-        last = hidden.gather(1, (length - 1)[:, None, None].expand(-1, 1, hidden.shape[2]))
-        scores = self.item_logprobs(tree, torch.cat([last, hidden[:, width:]], 1), items)
+        scores = self.item_logprobs(tree, torch.cat([_last(hidden, length)[:, None], hidden[:, width:]], 1))
         return scores, hidden[:, :width]
 
     def history_logprobs(self, hidden: Tensor, history: Tensor, start: Tensor) -> Tensor:
@@ -210,8 +213,8 @@ class TreeEngine:
             Scores ``[B, C]``, 0 where there is no title.
         """
         path = self.trie.paths(history.clamp(min=0))  # [B, C, D]
-        before = torch.cat([torch.zeros_like(path[..., :1]), path[..., :-1]], -1)
-        edge = (path >= 0) & self.predicts(before.clamp(min=0)) & (history >= 0)[..., None]
+        before, edge = self._edges(path)
+        edge &= (history >= 0)[..., None]
         user, title, step = edge.nonzero(as_tuple=True)
         row = torch.arange(len(user), device=user.device)
         logprobs = self._edge_logprobs(hidden[user, start[user, title] - 1 + step], before[edge], row, path[edge])
@@ -224,8 +227,7 @@ class TreeEngine:
         cache = DynamicCache()
         self.token_rows += tokens.numel()
         hidden = self.policy.hidden(tokens, cache=cache)
-        last = hidden.gather(1, (length - 1)[:, None, None].expand(-1, 1, hidden.shape[2]))[:, 0]
-        return PromptCache(cache, length, tokens.shape[1], last)
+        return PromptCache(cache, length, tokens.shape[1], _last(hidden, length))
 
     def append(self, prompt: PromptCache, node: Tensor, visible: Tensor) -> Tensor:
         """Append tree rows to the cache.
@@ -258,7 +260,7 @@ class TreeEngine:
             node = tree.node.clamp(max=len(self.trie) - 1)
             hidden = torch.cat([hidden, self.append(prompt, node, tree.ancestors())], 1)
             self.rewind(prompt)
-        return self.item_logprobs(tree, hidden, items)
+        return self.item_logprobs(tree, hidden)
 
     def score_all(self, prompt: PromptCache, chunk: int = 256) -> Tensor:
         """Score the whole catalogue after cached prompts, ``chunk`` items at a time. Returns ``[B, M]``."""
@@ -274,3 +276,8 @@ class TreeEngine:
         if prompt.appended:
             prompt.cache.crop(-prompt.appended)  # negative: rows to remove
             prompt.appended = 0
+
+
+def _last(hidden: Tensor, length: Tensor) -> Tensor:
+    """Return the hidden states ``[B, H]`` at the last real token of each prompt."""
+    return hidden[torch.arange(len(length), device=length.device), length - 1]

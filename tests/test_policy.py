@@ -37,6 +37,17 @@ def gradients(policy: LLMPolicy) -> torch.Tensor:
     return torch.cat([p.grad.flatten().float() for p in policy.trainable().values()])
 
 
+def assert_gradients_survive_an_evaluation(policy: LLMPolicy) -> None:
+    policy.train()
+    before = gradients(policy)
+    policy.eval()
+    with torch.no_grad():
+        policy.hidden(torch.arange(3, 43).view(2, 20))
+    policy.train()
+    assert torch.cosine_similarity(before, gradients(policy), dim=0) > 0.9999
+    assert before.norm() > 0
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_training_gradients_survive_an_evaluation(local_model: str, dtype: str) -> None:
     """bitsandbytes repacks 4-bit weights at an eval forward on some CPUs, and gradients after that are wrong."""
@@ -45,15 +56,7 @@ def test_training_gradients_survive_an_evaluation(local_model: str, dtype: str) 
     with torch.no_grad():  # B starts at zero, which would hide the gradient of A
         for parameter in policy.trainable().values():
             parameter.add_(torch.randn_like(parameter) * 0.05)
-    policy.train()
-    before = gradients(policy)
-    policy.eval()
-    with torch.no_grad():
-        policy.hidden(torch.arange(3, 43).view(2, 20))
-    policy.train()
-    after = gradients(policy)
-    assert torch.cosine_similarity(before, after, dim=0) > 0.9999
-    assert before.norm() > 0
+    assert_gradients_survive_an_evaluation(policy)
 
 
 def test_the_base_is_4_bit_and_the_adapter_float32(local_model: str) -> None:
@@ -168,10 +171,4 @@ def test_the_default_model_loads_as_a_4_bit_policy_and_its_gradients_survive_an_
     [packed] = [tensor for tensor in reader.tensors if tensor.name == "token_embd.weight"]
     expected = torch.from_numpy(dequantize(packed.data, packed.tensor_type)).bfloat16()
     assert torch.equal(policy.causal_lm.get_input_embeddings().weight.cpu().bfloat16(), expected)
-    policy.train()
-    before = gradients(policy)
-    policy.eval()
-    with torch.no_grad():
-        policy.hidden(torch.arange(3, 43).view(2, 20))
-    policy.train()
-    assert torch.cosine_similarity(before, gradients(policy), dim=0) > 0.9999
+    assert_gradients_survive_an_evaluation(policy)
