@@ -149,7 +149,16 @@ def test_kl_is_zero_at_the_first_step_and_grows(tables, tmp_path: Path) -> None:
 
 def test_reference_is_the_policy_after_the_warm_start(tables, tmp_path: Path) -> None:
     """In the second policy epoch the reference scores are those of the snapshot, not of the base model."""
-    run = Run(tables, tmp_path, model={"objective": GRPO(learning_rate=1e-2, kl_coef=0.1)}, max_epochs=3).fit()
+    after_warm_start: dict[str, torch.Tensor] = {}
+
+    class Snapshot(Callback):
+        def on_train_epoch_start(self, trainer, module: Recommender) -> None:
+            if trainer.current_epoch == 1:
+                after_warm_start.update(module.policy.snapshot())
+
+    objective = GRPO(learning_rate=1e-2, kl_coef=0.1)
+    run = Run(tables, tmp_path, model={"objective": objective}, max_epochs=3, callbacks=[Snapshot()]).fit()
+    assert all(torch.equal(weight, run.negatives.start[name]) for name, weight in after_warm_start.items())
     groups, policy = run.negatives.groups, run.model.policy.eval()
     batch = next(iter(run.data.batches(groups.row[:4].numpy(), 4)))
     items = groups.items[groups.find(batch.row)]
