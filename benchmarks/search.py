@@ -11,15 +11,14 @@ default, the policy is the default 4-bit SmolLM2; on a GPU it runs there.
 from __future__ import annotations
 
 import statistics
-import threading
 import time
 from collections.abc import Callable
 
 import jsonargparse
 import numpy as np
 import pandas as pd
-import psutil
 import torch
+from measure import Memory
 
 from recsys.data import Catalog, HistoryDataModule, MovieLens100K, PromptEncoder, PromptTemplate
 from recsys.policy import LLMPolicy
@@ -28,28 +27,6 @@ from recsys.tree import TreeEngine
 from recsys.trie import Trie
 
 Result = tuple[list[int], list[float]]  # items and scores, best first
-
-
-class Memory:
-    """Peak resident memory above the start, sampled; on CUDA the allocator's peak."""
-
-    def __enter__(self) -> Memory:
-        self.process, self.done = psutil.Process(), threading.Event()
-        self.start = self.peak = self.process.memory_info().rss
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        self.thread = threading.Thread(target=self._sample)
-        self.thread.start()
-        return self
-
-    def _sample(self) -> None:
-        while not self.done.wait(0.01):
-            self.peak = max(self.peak, self.process.memory_info().rss)
-
-    def __exit__(self, *args: object) -> None:
-        self.done.set()
-        self.thread.join()
-        self.bytes = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else self.peak - self.start
 
 
 def generate_with_prefix_function(
