@@ -19,12 +19,15 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
 from recsys.policy import Policy
 from recsys.trie import Trie
 
 Normalization = Literal["trie", "vocab"]
+
+MAX_LOGITS = 2**25  # float32 logits that the output head computes at once: 128 MiB
 
 
 @dataclass
@@ -114,17 +117,25 @@ class TreeEngine:
         exists = place < degree[:, None]
         child = (first[:, None] + place).clamp(max=len(self.trie) - 1)
         token = self.trie.tokens[child].long().clamp(min=0)
-        weight, bias = self.policy.head.weight, self.policy.head.bias
         # Float32 whatever the model computes in: bfloat16 rounds a logit of 20 to steps of 1/8.
+        weight, bias = self.policy.head.weight, self.policy.head.bias
         if self.normalization == "trie":
-            logits = torch.nn.functional.linear(
-                hidden.float(), weight[self.legal].float(), None if bias is None else bias[self.legal].float()
-            )
-            logits = logits.gather(1, self.column[token]).masked_fill(~exists, -torch.inf)
-            return logits.log_softmax(1), child
-        logits = torch.nn.functional.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
-        logprobs = logits.gather(1, token) - logits.logsumexp(1, keepdim=True)
-        return logprobs.masked_fill(~exists, -torch.inf), child
+            weight, bias = weight[self.legal], None if bias is None else bias[self.legal]
+            token = self.column[token]
+        head = (weight.float(), None if bias is None else bias.float())
+        rows = max(1, MAX_LOGITS // len(weight))
+        if len(node) <= rows:
+            return self._logprobs(hidden, token, exists, *head), child
+        # The logits of a chunk are computed again in the backward pass: those of all rows would not fit into memory.
+        chunks = zip(hidden.split(rows), token.split(rows), exists.split(rows), strict=True)
+        return torch.cat([checkpoint(self._logprobs, *chunk, *head, use_reentrant=False) for chunk in chunks]), child
+
+    def _logprobs(self, hidden: Tensor, token: Tensor, exists: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return ``[R, C]`` log-probabilities of the columns ``token [R, C]`` of the output head that exist."""
+        logits = torch.nn.functional.linear(hidden.float(), weight, bias)
+        legal = logits.gather(1, token).masked_fill(~exists, -torch.inf)
+        everything = legal if self.normalization == "trie" else logits
+        return legal - everything.logsumexp(1, keepdim=True)
 
     def _edge_logprobs(self, hidden: Tensor, node: Tensor, row: Tensor, child: Tensor) -> Tensor:
         """Return ``[E]`` log-probabilities of the edges from ``node[row]`` to ``child``."""

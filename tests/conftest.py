@@ -10,12 +10,13 @@ import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from callbacks import AdapterCheckpoint, BeamNegatives, RankingReport
 from recsys.data import HistoryDataModule, PromptTemplate, Table
 from recsys.module import Recommender
 from recsys.objectives import SupervisedFineTuning, TAWin
-from recsys.policy import Policy, TinyPolicy
+from recsys.policy import Policy, TinyPolicy, byte_tokenizer
 from recsys.window import Window
 
 TITLES = ["Toy Story", "Toy", "Heat", "Heat", 'Say "A"', "Ça, va", "Ran", "Ronin", "Alien", "Aliens"] + [
@@ -107,3 +108,16 @@ class Run:
     @property
     def checkpoints(self) -> Path:
         return Path(self.checkpoint.dirpath)
+
+
+@pytest.fixture(scope="session", params=["llama", "qwen2"])  # Qwen2's layers have biases
+def local_model(request, tmp_path_factory) -> str:
+    """Folder of a small random model whose weights 4-bit blocks can hold."""
+    folder = tmp_path_factory.mktemp(request.param)
+    size = {"vocab_size": 257, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+    size |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.1}
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(**size)) if request.param == "qwen2" else LlamaForCausalLM(LlamaConfig(**size))
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return str(folder)

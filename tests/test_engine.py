@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from recsys.policy import Policy, TinyPolicy
+from recsys.policy import LLMPolicy, Policy, TinyPolicy
 from recsys.search import beam_search
 from recsys.tree import TreeEngine
 from recsys.trie import Trie
@@ -114,20 +114,58 @@ def test_trie_normalisation_is_a_distribution_over_titles() -> None:
     torch.testing.assert_close(scores.exp().sum(1), torch.ones(3))
 
 
-@pytest.mark.parametrize("normalization", ["trie", "vocab"])
-def test_gradients_equal_full_rows(normalization: str) -> None:
-    engine = make(normalization=normalization)
+def assert_gradients_equal_full_rows(engine: TreeEngine, tolerance: float) -> None:
     items = torch.tensor([[1, 2, 9], [3, 5, 8], [0, 7, 10]])
     weight = torch.randn(3, 3, generator=torch.Generator().manual_seed(1))
     scores, _ = engine.forward(*batch(PROMPTS), items)
     (scores * weight).sum().backward()
-    tree = {name: p.grad.clone() for name, p in engine.policy.named_parameters()}
+    tree = {name: p.grad.clone() for name, p in engine.policy.trainable().items()}
     engine.policy.zero_grad()
     for b, prompt in enumerate(PROMPTS):
         for g in range(3):
-            (item_logprob(engine.policy, prompt, SEQUENCES, int(items[b, g]), normalization) * weight[b, g]).backward()
-    for name, p in engine.policy.named_parameters():
-        assert (p.grad - tree[name]).norm() <= 1e-5 * p.grad.norm() + 1e-8, name
+            score = item_logprob(engine.policy, prompt, SEQUENCES, int(items[b, g]), engine.normalization)
+            (score * weight[b, g]).backward()
+    for name, p in engine.policy.trainable().items():
+        assert (p.grad - tree[name]).norm() <= tolerance * p.grad.norm() + 1e-8, name
+
+
+@pytest.mark.parametrize("normalization", ["trie", "vocab"])
+def test_gradients_equal_full_rows(normalization: str) -> None:
+    assert_gradients_equal_full_rows(make(normalization=normalization), 1e-5)
+
+
+@pytest.mark.parametrize("normalization", ["trie", "vocab"])
+def test_the_output_head_runs_in_chunks_of_bounded_memory(normalization: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make(normalization=normalization)
+    sizes, logprobs = [], engine._logprobs
+    monkeypatch.setattr("recsys.tree.MAX_LOGITS", 3 * 257)
+    monkeypatch.setattr(
+        engine, "_logprobs", lambda *args: sizes.append(args[0].shape[0] * len(args[3])) or logprobs(*args)
+    )
+    assert_gradients_equal_full_rows(engine, 1e-5)
+    assert max(sizes) <= 3 * 257
+    prompt = engine.prefill(*batch(PROMPTS))
+    torch.testing.assert_close(engine.score_all(prompt), reference(engine), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("normalization", ["trie", "vocab"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_4_bit_base_with_an_adapter(local_model: str, dtype: str, normalization: str) -> None:
+    policy = LLMPolicy(local_model, dtype=dtype)
+    policy.build(torch.device("cpu"))
+    policy.eval()
+    with torch.no_grad():
+        for parameter in policy.trainable().values():  # a new adapter adds nothing
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)) * 0.05)
+    engine = TreeEngine(policy, Trie.from_sequences(SEQUENCES), normalization)
+    # bfloat16 has 8 bits, and both sides round: a score of -30 is a sum of ten logits of which each is off by 0.1.
+    tolerance = {"atol": 2e-4, "rtol": 1e-5} if dtype == "float32" else {"atol": 0.3, "rtol": 0.02}
+    expected = reference(engine)
+    items = torch.arange(len(TITLES)).expand(3, -1)
+    torch.testing.assert_close(engine.forward(*batch(PROMPTS), items)[0], expected, **tolerance)
+    found = beam_search(engine, engine.prefill(*batch(PROMPTS)), len(TITLES))
+    torch.testing.assert_close(found.scores, expected.gather(1, found.items), **tolerance)
+    assert_gradients_equal_full_rows(engine, 1e-4 if dtype == "float32" else 0.05)
 
 
 @pytest.mark.parametrize("normalization", ["trie", "vocab"])

@@ -8,26 +8,12 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from gguf import GGUFReader, dequantize
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from recsys.assets import SMOLLM2
 from recsys.policy import LLMPolicy, Lora, TinyPolicy, byte_tokenizer, compute_dtype
 from recsys.types import UserError
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module", params=["llama", "qwen2"])  # Qwen2's layers have biases
-def local_model(request, tmp_path_factory) -> str:
-    """Folder of a small random model whose weights 4-bit blocks can hold."""
-    folder = tmp_path_factory.mktemp(request.param)
-    size = {"vocab_size": 257, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
-    size |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.1}
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(**size)) if request.param == "qwen2" else LlamaForCausalLM(LlamaConfig(**size))
-    model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return str(folder)
 
 
 def gradients(policy: LLMPolicy) -> torch.Tensor:
