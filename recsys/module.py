@@ -216,6 +216,7 @@ class Recommender(lightning.LightningModule):
         self.log_dict({f"train/{name}": value.detach() for name, value in parts.items()}, batch_size=len(batch))
         before, self._clock = self._clock, (time.perf_counter(), self.engine.token_rows)
         self.log("train/tokens_per_second", (self._clock[1] - before[1]) / (self._clock[0] - before[0]))
+        self.log("train/token_rows", float(self.engine.token_rows))  # of this process, searches included
         return parts["loss"]
 
     def _policy_step(self, batch: Batch, objective: GRPO) -> dict[str, Tensor]:

@@ -118,7 +118,8 @@ class TreeEngine:
         child = (first[:, None] + place).clamp(max=len(self.trie) - 1)
         token = self.trie.tokens[child].long().clamp(min=0)
         # Float32 whatever the model computes in: bfloat16 rounds a logit of 20 to steps of 1/8.
-        weight, bias = self.policy.head.weight, self.policy.head.bias
+        weight: Tensor = self.policy.head.weight
+        bias: Tensor | None = self.policy.head.bias
         if self.normalization == "trie":
             weight, bias = weight[self.legal], None if bias is None else bias[self.legal]
             token = self.column[token]
