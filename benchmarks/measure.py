@@ -1,11 +1,18 @@
-"""What the benchmarks share: the peak memory of a block."""
+"""What the benchmarks share: times, the peak memory of a block, and a process of its own for each measurement."""
 
 from __future__ import annotations
 
+import multiprocessing
 import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from typing import TypeVar
 
 import psutil
 import torch
+
+T = TypeVar("T")
 
 
 class Memory:
@@ -28,3 +35,25 @@ class Memory:
         self.done.set()
         self.thread.join()
         self.bytes = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else self.peak - self.start
+
+
+def timed(function: Callable[..., T], *args: object) -> tuple[float, T]:
+    """Return the seconds of a call, and what it returned."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    result = function(*args)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began, result
+
+
+def in_new_process(function: Callable[..., T], *args: object) -> T:
+    """Call in a process of its own: memory that an earlier measurement left behind neither counts nor helps.
+
+    The server imports the libraries once, and each process is a fork of it.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torchmetrics.retrieval", "transformers.generation.logits_process"])
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        return pool.submit(function, *args).result()

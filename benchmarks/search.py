@@ -1,57 +1,51 @@
 """Constrained beam search: the tree engine against ``transformers.generate`` with a prefix function, in one run.
 
-    python benchmarks/search.py --users 4 --beams 50
-    python benchmarks/search.py --items amazon.csv   # longer titles: a CSV with a column `title`
+    python benchmarks/search.py              # titles of 6 tokens
+    python benchmarks/search.py --joined 5   # titles of 30 tokens
 
 Prints for each method the median seconds per user, token rows per user through the model, peak memory of the process
-above its start, and how its results compare with the first method's. Titles and prompts are MovieLens-100K's by
-default, the policy is the default 4-bit SmolLM2; on a GPU it runs there.
+above its start, and how far its scores are from exact ones (a float64 copy of the policy, one full row per item).
 """
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 
 import jsonargparse
-import numpy as np
-import pandas as pd
 import torch
-from measure import Memory
+from measure import Memory, timed
+from setting import Exact, Setting
 
-from recsys.data import Catalog, HistoryDataModule, MovieLens100K, PromptEncoder, PromptTemplate
-from recsys.policy import LLMPolicy
 from recsys.search import beam_search
 from recsys.tree import TreeEngine
-from recsys.trie import Trie
 
 Result = tuple[list[int], list[float]]  # items and scores, best first
 
 
-def generate_with_prefix_function(
-    policy: LLMPolicy, items: list[list[int]], beams: int
-) -> Callable[[list[int]], Result]:
+def generate_with_prefix_function(setting: Setting, beams: int) -> Callable[[int], Result]:
     """What people use: a dictionary of prefixes, and ``generate`` with beam search."""
     legal: dict[tuple[int, ...], set[int]] = {}
-    for sequence in items:
+    for sequence in setting.items:
         for i, token in enumerate(sequence):
             legal.setdefault(tuple(sequence[:i]), set()).add(token)
-    index = {tuple(sequence): i for i, sequence in enumerate(items)}
-    end = items[0][-1]
+    index = {tuple(sequence): i for i, sequence in enumerate(setting.items)}
+    end = setting.items[0][-1]
 
-    def run(prompt: list[int]) -> Result:
+    def run(user: int) -> Result:
+        tokens, _ = setting.prompt(user)
+        width = tokens.shape[1]
+
         def allowed(_: int, ids: torch.Tensor) -> list[int]:
-            return list(legal.get(tuple(ids[len(prompt) :].tolist()), {end}))
+            return list(legal.get(tuple(ids[width:].tolist()), {end}))
 
-        tokens = torch.tensor([prompt], device=policy.head.weight.device)
-        output = policy.model.generate(
+        output = setting.policy.model.generate(
             input_ids=tokens,
             attention_mask=torch.ones_like(tokens),
             num_beams=beams,
             num_return_sequences=beams,
             prefix_allowed_tokens_fn=allowed,
-            max_new_tokens=max(map(len, items)),
+            max_new_tokens=max(map(len, setting.items)),
             eos_token_id=end,
             pad_token_id=0,
             length_penalty=0.0,
@@ -60,95 +54,86 @@ def generate_with_prefix_function(
             output_scores=True,
         )
         found = []
-        for sequence in output.sequences[:, len(prompt) :].tolist():
+        for sequence in output.sequences[:, width:].tolist():
             found.append(index[tuple(sequence[: sequence.index(end) + 1])])
         return found, output.sequences_scores.tolist()
 
     return run
 
 
-def tree_search(engine: TreeEngine, beams: int) -> Callable[[list[int]], Result]:
+def tree_search(engine: TreeEngine, setting: Setting, beams: int) -> Callable[[int], Result]:
     """The engine's search, one user at a time as the alternative."""
 
-    def run(prompt: list[int]) -> Result:
-        tokens = torch.tensor([prompt], device=engine.trie.leaf.device)
-        found = beam_search(engine, engine.prefill(tokens, torch.tensor([len(prompt)], device=tokens.device)), beams)
+    def run(user: int) -> Result:
+        found = beam_search(engine, engine.prefill(*setting.prompt(user)), beams)
         return found.items[0].tolist(), found.scores[0].tolist()
 
     return run
 
 
-def main(users: int = 4, beams: int = 50, items: str | None = None, history: int = 20, dtype: str = "float32") -> None:
+def compare(found: list[Result], base: list[Result], trie_leaf: list[int]) -> str:
+    """Say how many titles two methods share, and what the others are worth."""
+    shared = ours = theirs = 0
+    gap = 0.0
+    for (items, scores), (base_items, base_scores) in zip(found, base, strict=True):
+        mine = {trie_leaf[i]: s for i, s in zip(items, scores, strict=True)}
+        other = {trie_leaf[i]: s for i, s in zip(base_items, base_scores, strict=True)}
+        both = mine.keys() & other.keys()
+        shared += len(both)
+        gap = max([gap, *(abs(mine[i] - other[i]) for i in both)])
+        ours += sum(s > min(base_scores) for i, s in mine.items() if i not in both)
+        theirs += sum(s > min(scores) for i, s in other.items() if i not in both)
+    return (
+        f"{shared} titles in both, scores within {gap:.1e}; {ours} titles that belong into the other's list are only "
+        f"here, {theirs} that belong here only there"
+    )
+
+
+def main(users: int = 4, beams: int = 50, history: int = 20, joined: int = 1, dtype: str = "float32") -> None:
     """Run the comparison.
 
     Args:
         users: Prompts to search for.
         beams: Width of the search.
-        items: CSV file with a column ``title``, for another catalogue than MovieLens-100K's.
         history: Titles in a prompt.
-        dtype: Compute type; scores of the two methods agree to 1e-4 in float32.
+        joined: Titles of MovieLens-100K joined into one, for a catalogue of longer titles.
+        dtype: Compute type; only float32 can agree with exact scores to 1e-4.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    policy = LLMPolicy(dtype=dtype)
-    template = PromptTemplate(max_history=history, max_tokens=2000)
-    if items is None:
-        data = HistoryDataModule(MovieLens100K(), template)
-        data.load()
-        catalog, rows = data.catalog, data.histories.val[:: len(data.histories.val) // users][:users]
-        histories = [data.histories.history(row, history) for row in rows]
-    else:
-        titles = [str(title) for title in pd.read_csv(items)["title"]]
-        catalog = Catalog([str(i) for i in range(len(titles))], titles)
-        histories = [np.random.default_rng(u).choice(len(titles), history) for u in range(users)]
-    sequences = catalog.tokenize(policy.tokenizer, template.end)
-    encoder = PromptEncoder(policy.tokenizer, sequences, template)
-    prompts = [encoder.encode(h).tokens for h in histories]
-    policy.build(device)
-    policy.eval()
-    trie = Trie.from_sequences(sequences).to(device)
-    lengths = np.array([len(s) for s in sequences])
-    print(
-        f"{device}, {torch.get_num_threads()} threads, {dtype}: {len(catalog)} titles of {lengths.mean():.1f} tokens, ",
-        end="",
-    )
-    print(f"{users} prompts of {np.mean([len(p) for p in prompts]):.0f} tokens, {beams} beams")
-
+    setting = Setting.make(users, history, joined, dtype)
+    print(f"{setting}, {beams} beams", flush=True)
+    trie = setting.trie()
     rows_seen = 0
 
     def count(_: object, args: tuple[torch.Tensor, ...]) -> None:
         nonlocal rows_seen
         rows_seen += args[0].numel()
 
-    policy.causal_lm.get_input_embeddings().register_forward_pre_hook(count)
+    exact = Exact(setting)
+    setting.policy.causal_lm.get_input_embeddings().register_forward_pre_hook(count)
     methods = {
-        "generate + prefix function": generate_with_prefix_function(policy, sequences, beams),
-        "tree, vocab": tree_search(TreeEngine(policy, trie, "vocab"), beams),
-        "tree, trie": tree_search(TreeEngine(policy, trie, "trie"), beams),
+        "generate + prefix function": generate_with_prefix_function(setting, beams),
+        "tree, vocab": tree_search(TreeEngine(setting.policy, trie, "vocab"), setting, beams),
+        "tree, trie": tree_search(TreeEngine(setting.policy, trie, "trie"), setting, beams),
     }
     base: tuple[float, float, list[Result]] | None = None
     for name, method in methods.items():
-        method(prompts[0])  # warm up
-        rows_seen, seconds, results = 0, [], []
-        with torch.no_grad(), Memory() as memory:
-            for prompt in prompts:
-                began = time.perf_counter()
-                results.append(method(prompt))
-                seconds.append(time.perf_counter() - began)
-        median, rows = statistics.median(seconds), rows_seen / users
+        with torch.no_grad():
+            method(0)  # warm up
+            rows_seen = 0
+            with Memory() as memory:
+                runs = [timed(method, user) for user in range(users)]
+        median, rows, results = statistics.median(s for s, _ in runs), rows_seen / users, [r for _, r in runs]
+        normalization = "trie" if name == "tree, trie" else "vocab"
+        best = list(zip(*results[0], strict=True))[:10]
+        error = max(abs(exact.score(setting.prompts[0], item, normalization) - score) for item, score in best)
         line = f"{name:28s} {median:8.2f} s/user {rows:8.0f} token rows/user {memory.bytes / 1e6:8.0f} MB"
+        line += f"   exact to {error:.0e}"
         if base is None:
             base = (median, rows, results)
         else:
             line += f"   {base[0] / median:5.1f} times faster, {base[1] / rows:5.1f} times fewer rows"
         if name == "tree, vocab":
-            shared = [len(set(a[0]) & set(b[0])) / beams for a, b in zip(base[2], results, strict=True)]
-            gaps = [
-                abs(dict(zip(*a, strict=True))[item] - score)
-                for a, b in zip(base[2], results, strict=True)
-                for item, score in zip(*b, strict=True)
-                if item in a[0]
-            ]
-            line += f"; {np.mean(shared):.1%} of the items the same, scores within {max(gaps):.1e}"
+            line += f"\n    {compare(results, base[2], trie.leaf.tolist())}"
         print(line, flush=True)
 
 

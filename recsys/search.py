@@ -50,11 +50,14 @@ def beam_search(engine: TreeEngine, prompt: PromptCache, beams: int) -> Ranking:
     leaf, leaf_score = paths.node[:, :0], paths.score[:, :0]
     while True:
         alive = paths.score > -torch.inf
-        logprobs, children = engine.child_logprobs(paths.hidden[alive], paths.node[alive])
-        child = children.new_zeros(*alive.shape, children.shape[1])  # [B, W', C]
-        score = logprobs.new_full(child.shape, -torch.inf)
-        child[alive], score[alive] = children, logprobs + paths.score[alive][:, None]
-        fan_out, child, score = child.shape[2], child.flatten(1), score.flatten(1)
+        logprobs, children, row = engine.child_logprobs(paths.hidden[alive], paths.node[alive])
+        user, path = (index[row] for index in alive.nonzero(as_tuple=True))
+        count = user.bincount(minlength=users)  # a user's candidates stand one after another
+        place = torch.arange(len(user), device=user.device) - (count.cumsum(0) - count)[user]
+        child = children.new_zeros(users, int(count.max()))
+        source, score = torch.zeros_like(child), logprobs.new_full(child.shape, -torch.inf)
+        child[user, place], source[user, place] = children, path
+        score[user, place] = logprobs + paths.score[user, path]
 
         # Under `trie` normalisation the forced tokens behind a child are free, to the title's end if it comes first.
         stop = trie.branch[child].long() if engine.normalization == "trie" else child
@@ -69,8 +72,8 @@ def beam_search(engine: TreeEngine, prompt: PromptCache, beams: int) -> Ranking:
         if width == 0:
             break
         score, best = score[:, :width], best[:, :width]
-        source = (best // fan_out)[..., None].expand(-1, -1, paths.sees.shape[2])
-        paths = _advance(engine, prompt, child.gather(1, best), score, paths.sees.gather(1, source))
+        sees = paths.sees.gather(1, source.gather(1, best)[..., None].expand(-1, -1, paths.sees.shape[2]))
+        paths = _advance(engine, prompt, child.gather(1, best), score, sees)
     engine.rewind(prompt)
     return _items_of(trie, leaf, leaf_score, min(beams, trie.num_items))
 
@@ -110,9 +113,9 @@ def _advance(engine: TreeEngine, prompt: PromptCache, first: Tensor, score: Tens
     hidden = engine.append(prompt, node, visible)
     if engine.normalization == "vocab":  # forced tokens have a price
         inside = filled & (step < count.gather(1, path) - 1)
-        logprobs, _ = engine.child_logprobs(hidden[inside], node[inside])
+        logprobs, *_ = engine.child_logprobs(hidden[inside], node[inside])  # one child each
         user = inside.nonzero()[:, 0]
-        score = score.index_put((user, path[inside]), logprobs[:, :1].flatten(), accumulate=True)
+        score = score.index_put((user, path[inside]), logprobs, accumulate=True)
     last = (end - 1).clamp(min=0)[..., None]
     return _Paths(
         node=node.gather(1, last[..., 0]),

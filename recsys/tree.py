@@ -101,47 +101,54 @@ class TreeEngine:
         """Return whether the step from each node to its child has a log-probability to compute, same shape."""
         return self.trie.degree(node) > (1 if self.normalization == "trie" else 0)
 
-    def child_logprobs(self, hidden: Tensor, node: Tensor) -> tuple[Tensor, Tensor]:
-        """Return log-probabilities of the children of R trie nodes, and the children.
+    def child_logprobs(self, hidden: Tensor, node: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return log-probabilities of the children of R trie nodes.
+
+        The E children of all nodes stand in one flat list, node by node: a catalogue has nodes with thousands of
+        children, and nearly all others have one.
 
         Args:
             hidden: ``[R, H]`` hidden states at the nodes.
             node: ``[R]`` trie nodes.
 
         Returns:
-            ``[R, C]`` float32 log-probabilities, -inf past a node's last child, and ``[R, C]`` child nodes; C is the
-            largest number of children.
+            ``[E]`` float32 log-probabilities, ``[E]`` child nodes, and ``[E]`` the row in ``node`` of each's parent.
         """
-        first, degree = self.trie.offsets[node].long(), self.trie.degree(node)
-        place = torch.arange(int(degree.max()) if len(node) else 0, device=node.device)
-        exists = place < degree[:, None]
-        child = (first[:, None] + place).clamp(max=len(self.trie) - 1)
-        token = self.trie.tokens[child].long().clamp(min=0)
+        degree = self.trie.degree(node).long()
+        row = torch.repeat_interleave(degree)
+        start = self.trie.offsets[node].long() - (degree.cumsum(0) - degree)
+        child = start[row] + torch.arange(len(row), device=node.device)
+        column = self.trie.tokens[child].long()
         # Float32 whatever the model computes in: bfloat16 rounds a logit of 20 to steps of 1/8.
         weight: Tensor = self.policy.head.weight
         bias: Tensor | None = self.policy.head.bias
         if self.normalization == "trie":
             weight, bias = weight[self.legal], None if bias is None else bias[self.legal]
-            token = self.column[token]
+            column = self.column[column]
         head = (weight.float(), None if bias is None else bias.float())
         rows = max(1, MAX_LOGITS // len(weight))
         if len(node) <= rows:
-            return self._logprobs(hidden, token, exists, *head), child
+            return self._logprobs(hidden, column, row, *head), child, row
         # The logits of a chunk are computed again in the backward pass: those of all rows would not fit into memory.
-        chunks = zip(hidden.split(rows), token.split(rows), exists.split(rows), strict=True)
-        return torch.cat([checkpoint(self._logprobs, *chunk, *head, use_reentrant=False) for chunk in chunks]), child
+        edges = [int(part.sum()) for part in degree.split(rows)]
+        chunks = zip(hidden.split(rows), column.split(edges), (row % rows).split(edges), strict=True)
+        parts = [checkpoint(self._logprobs, *chunk, *head, use_reentrant=False) for chunk in chunks]
+        return torch.cat(parts), child, row
 
-    def _logprobs(self, hidden: Tensor, token: Tensor, exists: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return ``[R, C]`` log-probabilities of the columns ``token [R, C]`` of the output head that exist."""
+    def _logprobs(self, hidden: Tensor, column: Tensor, row: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return ``[E]`` log-probabilities of the columns of the output head at the rows of ``hidden [R, H]``."""
         logits = torch.nn.functional.linear(hidden.float(), weight, bias)
-        legal = logits.gather(1, token).masked_fill(~exists, -torch.inf)
-        everything = legal if self.normalization == "trie" else logits
-        return legal - everything.logsumexp(1, keepdim=True)
+        legal = logits[row, column]
+        if self.normalization == "vocab":
+            return legal - logits.logsumexp(1)[row]
+        top = legal.new_full((len(hidden),), -torch.inf).scatter_reduce(0, row, legal.detach(), "amax")[row]
+        return legal - top - legal.new_zeros(len(hidden)).index_add(0, row, (legal - top).exp()).log()[row]
 
     def _edge_logprobs(self, hidden: Tensor, node: Tensor, row: Tensor, child: Tensor) -> Tensor:
         """Return ``[E]`` log-probabilities of the edges from ``node[row]`` to ``child``."""
-        logprobs, _ = self.child_logprobs(hidden, node)
-        return logprobs[row, child - self.trie.offsets[node[row]].long()]
+        logprobs, _, parent = self.child_logprobs(hidden, node)
+        first = torch.searchsorted(parent, row)  # of each node's children in the flat list
+        return logprobs[first + child - self.trie.offsets[node[row]].long()]
 
     # ---- trees ------------------------------------------------------------------------------------------------
 
