@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from recsys.data import HistoryDataModule
+from recsys.data import HistoryDataModule, card_markdown, data_card
 from recsys.functional import window_bounds
 from recsys.module import Recommender
 from recsys.types import Batch
@@ -29,7 +29,8 @@ class Validation:
     phase: str
     step: int
     row: np.ndarray  # [R] row ids, ascending
-    values: dict[str, np.ndarray]  # each metric's [R]
+    user: np.ndarray  # [R] the user of each row
+    values: dict[str, np.ndarray]  # each metric's [R], and the rank's
     train_seconds: float  # since the validation before
     seconds: float
 
@@ -37,13 +38,23 @@ class Validation:
         """Return the metric over all rows."""
         return float(self.values[metric].mean())
 
+    def user_mean(self, metric: str) -> float:
+        """Return the mean over users of the metric over a user's rows: active users count no more than others."""
+        return float(pd.Series(self.values[metric]).groupby(self.user).mean().mean())
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of the metrics."""
+        return [name for name in self.values if name != "rank"]
+
 
 class RankingReport(Callback):
     """Reports every validation, the one of the untrained policy (Lightning's sanity check) included.
 
-    TensorBoard gets the low end of the ROC curve with the window and the cut-offs, and a table of a few users'
-    histories, targets and top items. ``<log folder>/ranks/`` gets each row's rank and metrics as Parquet, for
-    significance tests. When training ends, a table compares start, warm start and end with paired bootstrap intervals.
+    TensorBoard gets the data card, the low end of the ROC curve with the window and the cut-offs, and a table of a few
+    users' histories, targets and top items; every logger gets the means over users as ``val_user_mean/<metric>``.
+    ``<log folder>/ranks/`` gets each row's rank and metrics as Parquet, for significance tests. When training ends, a
+    table compares start, warm start and end with paired bootstrap intervals.
 
     Args:
         examples: Users in the text table.
@@ -59,6 +70,12 @@ class RankingReport(Callback):
         self._outputs: list[dict[str, Tensor]] = []
         self._began = 0.0  # of the present validation
         self._ended = time.perf_counter()  # of the last one
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Recommender) -> None:  # type: ignore[override]
+        """Write the data card."""
+        for logger in trainer.loggers if trainer.is_global_zero else []:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text("data/card", card_markdown(data_card(pl_module.data)))
 
     # ---- each validation --------------------------------------------------------------------------------------
 
@@ -91,9 +108,12 @@ class RankingReport(Callback):
         folder = Path(trainer.log_dir or trainer.default_root_dir) / "ranks"  # asks all processes
         if not trainer.is_global_zero:
             return
+        plain = [name for name in result.metrics if not name.startswith("filtered_")]
+        logged = {f"val_user_mean/{name}": result.user_mean(name) for name in plain}
         if trainer.sanity_checking:  # Lightning does not log it
-            for logger in trainer.loggers:
-                logger.log_metrics({f"val/{k}": result.mean(k) for k in result.values if k != "rank"}, result.step)
+            logged |= {_tag(name): result.mean(name) for name in result.metrics}
+        for logger in trainer.loggers:
+            logger.log_metrics(logged, result.step)
         _write_ranks(pl_module.data, result, folder / f"step{result.step}.parquet")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
@@ -119,6 +139,7 @@ class RankingReport(Callback):
             phase=phase,
             step=trainer.global_step,
             row=row,
+            user=module.data.histories.users[row],
             values={k: v[order] for k, v in values.items()},
             train_seconds=self._began - self._ended,
             seconds=time.perf_counter() - self._began,
@@ -156,7 +177,13 @@ class RankingReport(Callback):
 
 def _map_arrays(fields: dict[str, Any], convert: Callable[[Any], Any]) -> dict[str, Any]:
     values = {name: convert(array) for name, array in fields["values"].items()}
-    return {**fields, "row": convert(fields["row"]), "values": values}
+    return {**fields, "row": convert(fields["row"]), "user": convert(fields["user"]), "values": values}
+
+
+def _tag(metric: str) -> str:
+    """Return the name under which the Lightning module logs a metric of the rows."""
+    name = metric.removeprefix("filtered_")
+    return f"val/{name}" if name == metric else f"val_filtered/{name}"
 
 
 def _write_ranks(data: HistoryDataModule, result: Validation, path: Path) -> None:
@@ -164,7 +191,7 @@ def _write_ranks(data: HistoryDataModule, result: Validation, path: Path) -> Non
     frame = pd.DataFrame(
         {
             "row": result.row,
-            "user_id": data.user_ids[data.histories.users[result.row]],
+            "user_id": data.user_ids[result.user],
             "item_id": np.array(data.catalog.item_ids)[data.histories.items[result.row]],
             **result.values,
         }
@@ -207,7 +234,10 @@ def bootstrap_interval(difference: np.ndarray, resamples: int, seed: int = 0) ->
 
 
 def closing_table(validations: list[Validation], cutoffs: tuple[int, ...], resamples: int) -> str:
-    """Return the table of the first validation, the last of each phase, and the paired differences from the end."""
+    """Return a table of the first validation and the last of each phase, and the paired differences from the end.
+
+    Below the table stand the means over users, and the means over rows of the lists without the items already seen.
+    """
     last_of_phase = {v.phase: v for v in validations}
     shown = list(last_of_phase.values())
     names = [f"recall@{k}" for k in cutoffs] + [f"ndcg@{k}" for k in cutoffs] + ["wpauc"]
@@ -222,6 +252,12 @@ def closing_table(validations: list[Validation], cutoffs: tuple[int, ...], resam
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     text = ["", *("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines), ""]
     end, compared = shown[-1], [n for n in ("recall@10", "wpauc") if n in names]
+    for v in shown:
+        of_users = ", ".join(f"{n} {v.user_mean(n):.4f}" for n in compared)
+        text.append(f"{v.phase}: mean over {len(np.unique(v.user))} users: {of_users}")
+        if "filtered_recall@10" in v.values:
+            text[-1] += f"; without seen items: recall@10 {v.mean('filtered_recall@10'):.4f}"
+    text.append("")
     for before in shown[:-1]:
         for name in compared:
             difference = end.values[name] - before.values[name]

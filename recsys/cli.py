@@ -1,4 +1,4 @@
-"""The ``recsys`` command: ``fit``, ``validate``, ``test`` and ``predict`` on LightningCLI."""
+"""The ``recsys`` command: ``fit``, ``validate``, ``test``, ``predict`` and ``data`` on LightningCLI."""
 
 from __future__ import annotations
 
@@ -9,20 +9,32 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.pytorch import LightningModule, Trainer
+from lightning import pytorch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.tensorboard.summary import hparams
 
-from recsys.data import HistoryDataModule
+from recsys.data import HistoryDataModule, card_text, data_card
 from recsys.module import Recommender
 from recsys.types import UserError
+
+
+class Trainer(pytorch.Trainer):
+    """Lightning's trainer, whose methods are the subcommands, with one more."""
+
+    def describe(self, model: Recommender, datamodule: HistoryDataModule) -> None:
+        """Print what the data holds and what the settings make of it, without loading the model."""
+        datamodule.tokenize(model.tokenizer)
+        print(card_text(data_card(datamodule)))
+
+    data = describe  # the subcommand's name; a method whose own name is `data` would clash with the group of that name
 
 
 class SaveConfig(SaveConfigCallback):
     """Saves the run's whole config as ``config.yaml`` in its log folder, and logs it as hyperparameters."""
 
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def save_config(self, trainer: pytorch.Trainer, pl_module: LightningModule, stage: str) -> None:
         """Log the model's and the data's settings, flattened, to every logger."""
         settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
         flat = _flatten({k: settings[k] for k in ("model", "data", "seed_everything") if k in settings})
@@ -35,6 +47,11 @@ class SaveConfig(SaveConfigCallback):
 
 class RecsysCLI(LightningCLI):
     """LightningCLI with the trainer settings that the data module needs, and checks before anything starts."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's subcommands and ``data``, with the arguments that are not set on the command line."""
+        return {**LightningCLI.subcommands(), "data": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Set defaults that every run needs, and give the data module the run's seed."""
@@ -71,6 +88,7 @@ def main(args: list[str] | None = None) -> None:
             HistoryDataModule,
             args=args,
             save_config_callback=SaveConfig,
+            trainer_class=Trainer,
             subclass_mode_model=False,
             auto_configure_optimizers=False,
             seed_everything_default=0,

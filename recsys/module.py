@@ -127,10 +127,13 @@ class Recommender(lightning.LightningModule):
                 )
         metrics: dict[str, Any] = {f"recall@{k}": Recall(k) for k in self.cutoffs}
         metrics |= {f"ndcg@{k}": NDCG(k) for k in self.cutoffs}
-        metrics["wpauc"] = WPAUC(self.alpha, self.d)
         # Compute groups would merge metrics whose states agree after the first batch, such as two recalls of 0.
-        collection = MetricCollection(metrics, compute_groups=False)
-        self.val_metrics, self.test_metrics = collection.clone(prefix="val/"), collection.clone(prefix="test/")
+        filtered = MetricCollection(metrics, compute_groups=False)
+        everything = MetricCollection({**metrics, "wpauc": WPAUC(self.alpha, self.d)}, compute_groups=False)
+        self.val_metrics, self.test_metrics = everything.clone(prefix="val/"), everything.clone(prefix="test/")
+        # Names of their own before the slash: TensorBoard shows them as groups of their own.
+        self.val_filtered = filtered.clone(prefix="val_filtered/")
+        self.test_filtered = filtered.clone(prefix="test_filtered/")
 
     def configure_model(self) -> None:
         """Load the weights on the trainer's device, and put the catalogue's trie beside them.
@@ -255,19 +258,25 @@ class Recommender(lightning.LightningModule):
             scores, items = self.engine.score_all(prompt).sort(dim=1, descending=True, stable=True)
             return Ranking(items, scores, torch.ones_like(items, dtype=torch.bool))
 
-    def _evaluate(self, batch: Batch, metrics: MetricCollection) -> dict[str, Tensor]:
+    def _evaluate(self, batch: Batch, metrics: MetricCollection, filtered: MetricCollection) -> dict[str, Tensor]:
         found = self.rank(batch)
         real = batch.row >= 0
-        scores, items = found.scores[real], found.items[real]
+        row, scores, items = batch.row[real], found.scores[real], found.items[real]
         relevance = (items == batch.target[real, None]) & found.valid[real]
+        seen = torch.from_numpy(self.data.histories.seen(row.cpu().numpy(), items.cpu().numpy())).to(items.device)
+        unseen = scores.masked_fill(seen & ~relevance, -torch.inf)
         if len(scores):
             metrics.update(scores, relevance, self.num_negatives)
-        self.log_dict(dict(metrics.items()), on_step=False, on_epoch=True, batch_size=len(batch))
-        values = {f"recall@{k}": recall_at_k(scores, relevance, k) for k in self.cutoffs}
-        values |= {f"ndcg@{k}": ndcg_at_k(scores, relevance, k) for k in self.cutoffs}
+            filtered.update(unseen, relevance)
+        logged = dict(metrics.items()) | dict(filtered.items())
+        self.log_dict(logged, on_step=False, on_epoch=True, batch_size=len(batch))
+        values: dict[str, Tensor] = {}
+        for prefix, ranked in (("", scores), ("filtered_", unseen)):
+            values |= {f"{prefix}recall@{k}": recall_at_k(ranked, relevance, k) for k in self.cutoffs}
+            values |= {f"{prefix}ndcg@{k}": ndcg_at_k(ranked, relevance, k) for k in self.cutoffs}
         values["wpauc"] = windowed_partial_auc(scores, relevance, self.alpha, self.d, self.num_negatives)
         return {
-            "row": batch.row[real],
+            "row": row,
             "items": items,
             "rank": expected_rank(scores, relevance),
             **values,
@@ -278,12 +287,13 @@ class Recommender(lightning.LightningModule):
 
         Returns:
             ``row [B]``, ``items [B, W]``, ``rank [B]`` (inf if not in the list), and each metric's ``[B]`` by its name.
+            Metrics with ``filtered_`` are of the list without the items that the user has seen, the target apart.
         """
-        return self._evaluate(batch, self.val_metrics)
+        return self._evaluate(batch, self.val_metrics, self.val_filtered)
 
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """As :meth:`validation_step`, on the test rows."""
-        return self._evaluate(batch, self.test_metrics)
+        return self._evaluate(batch, self.test_metrics, self.test_filtered)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Ranking:
         """Return the best items of each row."""

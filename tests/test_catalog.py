@@ -1,8 +1,11 @@
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from recsys.data import Catalog
+from recsys.data.catalog import shorten
 from recsys.types import UserError
 from tests.helpers_tokenizer import ByteTokenizer
 
@@ -60,3 +63,41 @@ def test_title_or_end_without_tokens():
         Catalog(["x"], ["?"]).tokenize(ByteTokenizer(drops=b"?"), "\n")
     with pytest.raises(UserError, match="the end of an item, '', has no tokens"):
         Catalog(["x"], ["a"]).tokenize(ByteTokenizer(), "")
+
+
+# ------------------------------------------------------------------------------------------ cutting titles
+
+
+def contains_early(ids, end):
+    return any(ids[i : i + len(end)] == end for i in range(len(ids) - len(end)))
+
+
+@settings(max_examples=500, deadline=None)
+@given(data=st.data(), limit=st.integers(1, 5), end=st.sampled_from([[9], [9, 9], [1, 9], [9, 1, 9]]))
+def test_cut_titles(data, limit, end):
+    title = st.lists(st.sampled_from([0, 1, 9] if len(end) > 1 else [0, 1]), min_size=1, max_size=9)
+    titles = data.draw(st.lists(title.filter(lambda t: not contains_early(t + end, end)), min_size=1, max_size=12))
+    cut = shorten(titles, limit, end)
+    for title, kept in zip(titles, cut, strict=True):
+        assert title[: len(kept)] == kept
+        assert len(kept) >= min(limit, len(title))
+        others = [other for other in titles if other != title]
+        shared = max((n for n in range(10) for o in others if title[:n] == o[:n] and n <= len(o)), default=0)
+        needed = max(limit, shared + 1)  # one token more than the longest common prefix with another title
+        while needed < len(title) and contains_early(title[:needed] + end, end):
+            needed += 1
+        assert len(kept) == min(len(title), needed)
+    ended = [kept + end for kept in cut]
+    for a, full_a in zip(ended, titles, strict=True):
+        assert not contains_early(a, end)
+        for b, full_b in zip(ended, titles, strict=True):
+            assert (a == b) == (full_a == full_b)
+            assert a == b or b[: len(a)] != a
+
+
+def test_cut_titles_by_hand():
+    catalog = Catalog(list("abcdef"), ["Alien", "Aliens", "Alien vs. Predator", "Up", "Alien", "Brazil"])
+    tokens = catalog.tokenize(ByteTokenizer(), "\n", max_title_tokens=3)
+    assert [bytes(ids) for ids in tokens] == [b"Alien\n", b"Aliens\n", b"Alien \n", b"Up\n", b"Alien\n", b"Bra\n"]
+    assert catalog.cut_titles == 2
+    assert catalog.tokenize(ByteTokenizer(), "\n")[2] == list(b"Alien vs. Predator\n")

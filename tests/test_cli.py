@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -90,6 +91,19 @@ def test_fit_then_resume_test_and_predict(small: list[str], tmp_path: Path) -> N
         assert list(row["scores"]) == sorted(row["scores"], reverse=True)
         assert row["user_id"].startswith("u")
         assert row["target_item_id"].startswith("i")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_data_prints_the_card_and_loads_no_model(
+    name: str, small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recsys.policy.TinyPolicy.load", None)
+    before = {path.name for path in tmp_path.iterdir()} | {name}
+    main(["data", config_with(name, tmp_path), *small])
+    card = dict(re.split(r"  +", line) for line in capsys.readouterr().out.splitlines())
+    assert card["items"] == "20"
+    assert card["rows"] == "train 264, validation 33, test 33"
+    assert {path.name for path in tmp_path.iterdir()} == before  # no folder of a run
 
 
 def lines_of_failure(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pandas as pd
@@ -57,6 +58,12 @@ def test_every_validation_is_in_tensorboard(finished: tuple[Run, Losses]) -> Non
     assert {f"train/{name}" for name in train} <= names
     assert {f"negatives/{name}" for name in ("seconds", "rows", "positive_found", "overlap")} <= names
     assert {"policy/trained_weights", "policy/weights"} <= names
+    assert {f"val_filtered/{m}@{k}" for m in ("recall", "ndcg") for k in (1, 5, 10)} <= names
+    assert {name.replace("val/", "val_user_mean/") for name in metrics} <= names
+    for name in ("val_filtered/recall@5", "val_user_mean/wpauc"):
+        assert len(events.Scalars(name)) == 11
+    card = next(tag for tag in events.Tags()["tensors"] if "data/card" in tag)
+    assert b"| interactions | 360 |" in events.Tensors(card)[0].tensor_proto.string_val[0]
     assert "val/roc" in events.Tags()["images"]
     assert any("val/examples" in tag for tag in events.Tags()["tensors"])
 
@@ -66,7 +73,11 @@ def test_logged_metrics_are_the_means_of_the_rows(finished: tuple[Run, Losses]) 
     last = run.report.validations[-1]
     for name in ("recall@1", "recall@5", "recall@10", "ndcg@5", "wpauc"):
         assert run.trainer.callback_metrics[f"val/{name}"].item() == pytest.approx(last.mean(name))
+    for name in ("recall@1", "ndcg@10"):
+        expected = last.mean(f"filtered_{name}")
+        assert run.trainer.callback_metrics[f"val_filtered/{name}"].item() == pytest.approx(expected)
     frame = pd.read_parquet(Path(run.trainer.log_dir) / "ranks" / f"step{last.step}.parquet")
+    assert last.user_mean("ndcg@5") == pytest.approx(frame.groupby("user_id")["ndcg@5"].mean().mean())
     assert len(frame) == len(run.data.histories.val)
     no_ties = frame[frame["rank"] % 1 == 0]
     assert ((no_ties["rank"] <= 5) == (no_ties["recall@5"] == 1)).all()
@@ -290,6 +301,48 @@ def test_exact_validation_ranks_as_a_beam_as_wide_as_the_catalogue(tables, tmp_p
         assert full[name] == pytest.approx(wide[name], abs=1e-6)
     ranks = exact.report.validations[-1].values["rank"]
     assert full["val/wpauc"] == pytest.approx((1 - (ranks - 1) / 19).mean())  # the window [0, 1] is the AUC
+
+
+def test_filtered_metrics_leave_out_what_the_user_has_seen(tables, tmp_path: Path) -> None:
+    """Against a list filtered item by item. Users see seven items over and over: targets were seen before, and stay."""
+    interactions = pd.read_csv(tables["interactions"])
+    interactions["item_id"] = [f"i{(3 * u + t) % 9 if t < 9 else t % 4 + u % 9}" for u in range(30) for t in range(12)]
+    interactions.to_csv(tmp_path / "interactions.csv", index=False)
+    outputs = []
+
+    class Keep(Callback):
+        def on_validation_batch_end(self, trainer, module, out, batch, *args) -> None:
+            found = module.rank(batch)
+            assert (found.items == out["items"]).all()
+            outputs.append((batch, found, out))
+
+    source = {**tables, "interactions": str(tmp_path / "interactions.csv")}
+    run = Run(source, tmp_path, callbacks=[Keep()])
+    logged = run.trainer.validate(run.model, run.data, verbose=False)[0]
+    histories, moved = run.data.histories, 0
+    recalls, ndcgs = [], []
+    for batch, found, out in outputs:
+        for i, row in enumerate(batch.row.tolist()):
+            target = batch.target[i].item()
+            past = {histories.items[e] for e in range(row) if histories.users[e] == histories.users[row]}
+            scores = dict(zip(found.items[i].tolist(), found.scores[i].tolist(), strict=True))
+            left = {item: score for item, score in scores.items() if item not in past or item == target}
+            for prefix, ranked in (("", scores), ("filtered_", left)):
+                recall = ndcg = 0.0
+                if target in ranked:
+                    above = sum(score > ranked[target] for score in ranked.values())
+                    tied = sum(score == ranked[target] for score in ranked.values())
+                    positions = [p for p in range(above + 1, above + tied + 1) if p <= 5]
+                    recall, ndcg = len(positions) / tied, sum(1 / math.log2(p + 1) for p in positions) / tied
+                assert out[f"{prefix}recall@5"][i].item() == pytest.approx(recall)
+                assert out[f"{prefix}ndcg@5"][i].item() == pytest.approx(ndcg)
+            recalls.append(recall)
+            ndcgs.append(ndcg)
+            moved += recall > out["recall@5"][i].item()
+    assert moved > 0
+    assert any(histories.seen(batch.row.numpy(), batch.target[:, None].numpy()).any() for batch, _, _ in outputs)
+    assert logged["val_filtered/recall@5"] == pytest.approx(sum(recalls) / len(recalls))
+    assert logged["val_filtered/ndcg@5"] == pytest.approx(sum(ndcgs) / len(ndcgs))
 
 
 def test_two_processes_validate_as_one(tables, tmp_path: Path) -> None:

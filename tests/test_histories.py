@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recsys.data import Histories
+from recsys.data.histories import check_no_leak
 from recsys.types import UserError
 
 
@@ -74,6 +75,58 @@ def test_windows_tile_each_users_train_rows(events, size, split):
         own = [e for e in covered if data.users[e] == user]
         assert own == list(range(own[0], max(data.train[data.users[data.train] == user]) + 1))  # no gap
         assert own[0] - data.user_start[own[0]] <= 1  # one event may be left over: it has no history
+
+
+@settings(deadline=None)
+@given(events=logs, data=st.data())
+def test_seen_items_are_those_of_the_whole_history(events, data):
+    try:
+        subject = histories(events)
+    except UserError:
+        return
+    rows = data.draw(st.lists(st.sampled_from(list(subject.train) + list(subject.val)), max_size=6))
+    items = np.array(data.draw(st.lists(st.lists(st.integers(0, 6), min_size=3, max_size=3), min_size=len(rows), max_size=len(rows))))  # fmt: skip  # noqa: E501
+    seen = subject.seen(np.array(rows, dtype=np.int64), items.reshape(len(rows), 3))
+    for i, row in enumerate(rows):
+        past = {subject.items[e] for e in range(row) if subject.users[e] == subject.users[row]}
+        assert seen[i].tolist() == [item in past for item in items[i]]
+
+
+def test_seen_items_by_hand():
+    assert one_user(14).seen(np.array([13, 2]), np.array([[0, 12, 13], [0, 2, 1]])).tolist() == [
+        [True, True, False],
+        [True, False, True],
+    ]
+
+
+def test_entries_follow_their_events():
+    subject = Histories(np.array([0, 1, 0, 0, 0]), np.arange(5), np.array([4, 0, 1, 2, 3]), entry=np.arange(5) + 10)
+    assert (subject.entry == subject.items + 10).all()
+    assert subject.items[subject.past(3, 2)].tolist() == subject.history(3, 2).tolist() == [3, 4]
+
+
+def test_a_leak_is_noticed():
+    """A time that is not a number has no place in the order; the other faults are put into the arrays by hand."""
+    with pytest.raises(RuntimeError, match="check that every time is a number"):
+        Histories(np.zeros(5, dtype=int), np.arange(5), np.array([1.0, 2.0, np.nan, 3.0, 4.0]))
+    good = {
+        "users": np.array([0, 0, 0, 1, 1]),
+        "time": np.array([1, 2, 2, 0, 1]),
+        "place": np.array([0, 1, 4, 2, 3]),
+        "user_start": np.array([0, 0, 0, 3, 3]),
+        "parts": [np.array([1, 3]), np.array([5]), np.array([6])],
+    }
+    check_no_leak(**good)
+    for fault in (
+        {"time": np.array([1, 2, 1, 0, 1])},  # a later event before an earlier one
+        {"place": np.array([0, 4, 1, 2, 3])},  # the same among equal times
+        {"user_start": np.array([0, 0, 0, 2, 3])},  # another user's event
+        {"user_start": np.array([0, 2, 0, 3, 3])},  # a later event
+        {"parts": [np.array([1, 5]), np.array([5]), np.array([6])]},  # a train row in the held-out time
+        {"parts": [np.array([1, 3]), np.array([7]), np.array([6])]},
+    ):
+        with pytest.raises(RuntimeError, match="would hold its target"):
+            check_no_leak(**(good | fault))
 
 
 def test_temporal_cut_is_80_10_10():

@@ -1,9 +1,13 @@
 import numpy as np
+import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from recsys.data import Histories, PromptEncoder, PromptTemplate
+from recsys.data import BatchDataset, Catalog, Histories, PromptEncoder, PromptTemplate, Tables
+from recsys.data.prompts import write_entries
 from recsys.types import UserError
-from tests.helpers_tokenizer import ByteTokenizer
+from tests.helpers_tokenizer import ByteTokenizer, chat_tokenizer
 
 TITLES = ["Alien\n", "Up\n", "Brazil\n", "M\n"]
 ITEMS = [list(title.encode()) for title in TITLES]
@@ -78,11 +82,181 @@ def test_max_history_must_be_positive():
         PromptTemplate(max_history=0)
 
 
-@pytest.mark.parametrize("limits", [{}, {"max_tokens": 30}, {"max_history": 3}, {"max_tokens": 25, "max_history": 3}])
-def test_lengths_agree_with_encode(limits):
+@pytest.mark.parametrize("limits", [{}, {"max_tokens": 36}, {"max_history": 3}, {"max_tokens": 32, "max_history": 3}])
+@pytest.mark.parametrize("entries", [[("", "")], [("", ""), ("(5) ", ""), ("", " 10 stars\n")]])
+def test_lengths_agree_with_encode(limits, entries):
     rng = np.random.default_rng(0)
-    histories = Histories(rng.integers(0, 5, 100), rng.integers(0, 4, 100), np.arange(100))
-    subject = encoder(**limits)
-    prompts = [subject.encode(histories.history(row, 1000)) for row in histories.train]
+    entry = rng.integers(0, len(entries), 100)
+    histories = Histories(rng.integers(0, 5, 100), rng.integers(0, 4, 100), np.arange(100), entry=entry)
+    subject = PromptEncoder(ByteTokenizer(), ITEMS, PromptTemplate("Seen:\n{history}Next: ", **limits), entries)
+    prompts = []
+    for row in histories.train:
+        past = histories.past(row, 1000)
+        prompts.append(subject.encode(histories.items[past], histories.entry[past]))
+        assert len(prompts[-1].tokens) <= limits.get("max_tokens", 512)
     assert subject.lengths(histories, histories.train).tolist() == [len(prompt.tokens) for prompt in prompts]
     assert len({len(prompt.history) for prompt in prompts}) > 2
+
+
+# ------------------------------------------------------------------------------ entries: rating and category
+
+
+def tables(**columns):
+    """Five events of two users on three items, the second of which has no category."""
+    log = pd.DataFrame({"user": list("aabba"), "item": list("xyzxz"), "time": [1, 2, 1, 2, 3], **columns})
+    items = pd.DataFrame(
+        {"item": list("xyz"), "title": ["Xena", "Yes", "Zorro"], "category": ["TV 2.0", "", "{title}"]}
+    )
+    return Tables(log, items, "log", "items")
+
+
+def written(entry, data):
+    """The entries in file order, as text."""
+    item = np.array(["xyz".index(i) for i in data.interactions["item"]])
+    kinds, entries = write_entries(PromptTemplate(entry=entry), data, item)
+    assert kinds.dtype == np.int32
+    assert len(set(entries)) == len(entries) == len(set(kinds))
+    return ["|".join(entries[kind]) for kind in kinds]
+
+
+def test_entries_show_rating_and_category():
+    data = tables(rating=[4.0, 3.5, np.nan, 10.0, 4.0])
+    assert written("({rating}) {title}!", data) == ["(4) |!", "(3.5) |!", "|", "(10) |!", "(4) |!"]
+    assert written("{title}{category}: ", data) == ["|TV 2.0: ", "|", "|{title}: ", "|TV 2.0: ", "|{title}: "]
+    assert written("{rating}{title}{category}", data) == ["4|TV 2.0", "|", "|", "10|TV 2.0", "4|{title}"]
+    missing = tables(rating=[np.nan, 4.0, np.nan, 4.0, 2.0])  # of items with different categories
+    assert written("{rating}{title}{category}", missing) == ["|", "|", "|", "4|TV 2.0", "2|{title}"]
+    assert written("- {title}", data) == ["- |"] * 5
+    assert written("{}{title}", tables()) == ["{}|"] * 5
+    with np.errstate(all="raise"):
+        single = tables(rating=np.array([4.1, 4, 4, 4, 4], dtype=np.float32))
+    assert written("{rating}{title}", single)[0] == "4.1|"
+
+
+def test_a_field_that_the_source_lacks_is_named():
+    with pytest.raises(UserError, match=r"data\.prompt\.entry uses \{rating\}, but data\.source provides no rating"):
+        written("{title}{rating}", tables())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"entry": "{rating}"}, r"entry must contain \{title\} exactly once"),
+        ({"entry": "{title}{title}"}, r"entry must contain \{title\} exactly once"),
+        ({"entry": "{title}{ratings}"}, r"unknown field \{ratings\}"),
+        ({"max_title_tokens": 0}, "max_title_tokens must be at least 1"),
+        ({"system": "Hello"}, "needs chat: true"),
+    ],
+)
+def test_settings_that_do_not_fit(settings, message):
+    with pytest.raises(UserError, match=message):
+        PromptTemplate(**settings)
+
+
+def test_titles_start_after_the_text_before_them():
+    entries = [("", ""), ("(5) ", ""), ("", "very good\n")]
+    subject = PromptEncoder(ByteTokenizer(), ITEMS, PromptTemplate("Seen:\n{history}Next: "), entries)
+    prompt = subject.encode(np.array([2, 0, 3]), np.array([1, 2, 0]))
+    assert bytes(prompt.tokens) == b"Seen:\n(5) Brazil\nAlien\nvery good\nM\nNext: "
+    for start, item in zip(prompt.starts, prompt.history, strict=True):
+        assert prompt.tokens[start : start + len(ITEMS[item])] == ITEMS[item]
+
+
+def test_the_longest_entry_must_fit():
+    entries = [("", ""), ("(5) ", "!")]
+    PromptEncoder(ByteTokenizer(), ITEMS, PromptTemplate("Seen:{history}", max_tokens=17), entries)
+    with pytest.raises(UserError, match=r"leaves 11 tokens.*longest has 7 and 5 around it"):
+        PromptEncoder(ByteTokenizer(), ITEMS, PromptTemplate("Seen:{history}", max_tokens=16), entries)
+
+
+# --------------------------------------------------------------------------------------------------- chat
+
+
+@pytest.mark.parametrize("system", [None, "Be brief"])
+@pytest.mark.parametrize("template", ["Seen:\n{history}", "Seen:\n{history}What next?"])
+def test_chat_is_what_the_tokenizer_makes_of_the_whole_text(system, template):
+    tokenizer = chat_tokenizer()
+    items = Catalog(list("abcd"), ["Alien", "Up", "Brazil", "M"]).tokenize(tokenizer, "\n")
+    prompt = PromptEncoder(tokenizer, items, PromptTemplate(template, chat=True, system=system)).encode(
+        np.array([2, 0])
+    )
+    messages = [{"role": "user", "content": template.replace("{history}", "Brazil\nAlien\n")}]
+    if system:
+        messages.insert(0, {"role": "system", "content": system})
+    whole = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert prompt.tokens == whole
+    assert prompt.tokens.count(tokenizer.bos_token_id) == 1
+    assert prompt.tokens[-1] == tokenizer.convert_tokens_to_ids("<|assistant|>")
+    assert [prompt.tokens[start:][: len(items[i])] for start, i in zip(prompt.starts, [2, 0], strict=True)] == [
+        items[2],
+        items[0],
+    ]
+
+
+def test_without_chat_the_bos_token_comes_first():
+    tokenizer = chat_tokenizer()
+    items = Catalog(["a"], ["Up"]).tokenize(tokenizer, "\n")
+    prompt = PromptEncoder(tokenizer, items, PromptTemplate("Seen: {history}")).encode(np.array([0]))
+    assert prompt.tokens == tokenizer("Seen: Up\n").input_ids
+    assert prompt.tokens[0] == tokenizer.bos_token_id
+
+
+def test_a_chat_format_without_bos_gets_none():
+    tokenizer = chat_tokenizer("<|user|>{{ messages[0].content }}<|end|><|assistant|>")
+    items = Catalog(["a"], ["Up"]).tokenize(tokenizer, "\n")
+    prompt = PromptEncoder(tokenizer, items, PromptTemplate("Seen: {history}", chat=True)).encode(np.array([0]))
+    assert tokenizer.decode(prompt.tokens) == "<|user|>Seen: Up\n<|end|><|assistant|>"
+
+
+@pytest.mark.parametrize(
+    ("chat_format", "message"),
+    [
+        (None, "no chat template"),
+        ("{{ raise_exception('no system role') }}", "no system role"),
+        ("{{ messages[0].content }}{{ messages[0].content }}", "exactly once"),
+    ],
+)
+def test_chat_formats_that_cannot_be_used(chat_format, message):
+    with pytest.raises(UserError, match=message):
+        PromptTemplate(chat=True).text(chat_tokenizer(chat_format))
+
+
+# ------------------------------------------------------------------------------------------ what a prompt holds
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    events=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 6)), min_size=4, max_size=40),
+    split=st.sampled_from(["temporal", "leave_one_out"]),
+    max_history=st.integers(1, 6),
+    budget=st.integers(8, 40),
+)
+def test_prompts_hold_the_newest_events_before_the_target_and_no_other(events, split, max_history, budget):
+    """Each event has an item of its own, so a prompt's titles tell its events."""
+    user, time = np.array(events).T
+    place = np.arange(len(events))
+    try:
+        histories = Histories(user, place, time, split, entry=place % 3)
+    except UserError:
+        return
+    titles = [f"film {i}\n" for i in place]
+    entries = [("", ""), ("* ", ""), ("", "!\n")]
+    template = PromptTemplate("Seen:{history}", max_history=max_history, max_tokens=5 + 2 + budget)
+    encoder = PromptEncoder(ByteTokenizer(), [list(title.encode()) for title in titles], template, entries)
+    for rows in (histories.train, histories.val, histories.test):
+        batch = BatchDataset(histories, encoder, [rows])[0]
+        for i in range(len(batch)):
+            target = batch.target[i].item()
+            before = [e for e in place if user[e] == user[target] and (time[e], e) < (time[target], target)]
+            before.sort(key=lambda e: (time[e], e))
+            lines = [entries[e % 3][0] + titles[e] + entries[e % 3][1] for e in before]
+            kept = max(
+                n
+                for n in range(len(before) + 1)
+                if n <= max_history and len("".join(lines[len(lines) - n :])) <= budget + 2
+            )
+            assert bytes(batch.tokens[i, : batch.length[i]].tolist()).decode() == "Seen:" + "".join(
+                lines[len(lines) - kept :]
+            )
+            assert batch.history[i][batch.history[i] >= 0].tolist() == before[len(before) - kept :]
+            assert kept > 0

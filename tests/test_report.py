@@ -10,13 +10,15 @@ import pytest
 from callbacks.ranking_report import Validation, bootstrap_interval, closing_table, roc_figure
 
 
-def validation(phase: str, ranks: list[float], step: int = 0) -> Validation:
+def validation(phase: str, ranks: list[float], step: int = 0, user: list[int] | None = None) -> Validation:
     rank = np.array(ranks)
     values = {f"recall@{k}": (rank <= k).astype(float) for k in (1, 10)}
     values |= {f"ndcg@{k}": (rank <= k) / np.log2(rank + 1) for k in (1, 10)}
     window = np.arange(3, 8)  # recalls of the window (2, 7]
+    values |= {"filtered_recall@10": (rank <= 20).astype(float)}  # as if ten items were seen
     values |= {"wpauc": (rank[:, None] <= window).mean(1), "rank": rank}
-    return Validation(phase, step, np.arange(len(rank)), values, train_seconds=2.0, seconds=1.0)
+    row = np.arange(len(rank))
+    return Validation(phase, step, row, row if user is None else np.array(user), values, train_seconds=2.0, seconds=1.0)
 
 
 def test_bootstrap_interval_of_a_mean_has_the_width_of_its_standard_error() -> None:
@@ -43,6 +45,12 @@ def test_closing_table_takes_the_last_of_each_phase_and_pairs_the_rows() -> None
     assert lines[3][:4] == ["TAWin", "4", "0.2500", "0.7500"]
     assert "recall@10: TAWin - start = +0.7500" in text
     assert "recall@10: TAWin - warm start = +0.2500" in text
+
+
+def test_closing_table_gives_user_means_and_filtered_means() -> None:
+    """User 0 has three rows of four."""
+    text = closing_table([validation("start", [1, 15, 15, 50], user=[0, 7, 0, 0])], (1, 10), resamples=50)
+    assert "start: mean over 2 users: recall@10 0.1667, wpauc 0.1667; without seen items: recall@10 0.7500" in text
 
 
 def test_roc_figure_draws_recall_against_rank_and_shades_the_window() -> None:

@@ -1,6 +1,7 @@
 """From interactions and titles to batches: sources -> catalogue and histories -> prompts -> data module."""
 
 from recsys.data.batches import BatchDataset, ResumableLoader, plan_batches
+from recsys.data.card import card_markdown, card_text, data_card
 from recsys.data.catalog import Catalog
 from recsys.data.datamodule import HistoryDataModule
 from recsys.data.histories import Histories
@@ -21,5 +22,8 @@ __all__ = [
     "Source",
     "Table",
     "Tables",
+    "card_markdown",
+    "card_text",
+    "data_card",
     "plan_batches",
 ]

@@ -80,7 +80,8 @@ class BatchDataset(Dataset[Batch]):
     def __getitem__(self, index: int) -> Batch:
         rows = self.plan[index]
         events = np.where(rows < 0, ~rows, rows)
-        prompts = [self.encoder.encode(self.histories.history(event, self.encoder.max_history)) for event in events]
+        pasts = [self.histories.past(event, self.encoder.max_history) for event in events]
+        prompts = [self.encoder.encode(self.histories.items[past], self.histories.entry[past]) for past in pasts]
         return Batch(
             row=torch.from_numpy(np.maximum(rows, -1)),
             tokens=_pad([prompt.tokens for prompt in prompts], 0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import ne
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,15 @@ class Catalog:
     Args:
         item_ids: M different ids.
         titles: M titles, not empty.
+
+    Attributes:
+        cut_titles: Number of titles that ``tokenize`` cut.
     """
 
     def __init__(self, item_ids: list[str], titles: list[str]) -> None:
         self.item_ids = item_ids
         self.titles = titles
+        self.cut_titles = 0
         self._index = pd.Index(item_ids)
 
     def __len__(self) -> int:
@@ -44,7 +49,7 @@ class Catalog:
             raise UserError(f"item id {unique[index < 0][0]!r} is not in the catalogue")
         return index[codes]
 
-    def tokenize(self, tokenizer: Any, end: str) -> list[list[int]]:
+    def tokenize(self, tokenizer: Any, end: str, max_title_tokens: int | None = None) -> list[list[int]]:
         """Token ids of every title, each followed by those of ``end``; both are tokenised apart and joined by ids.
 
         Items with equal titles, or with titles that the tokenizer does not tell apart, have equal token ids.
@@ -52,6 +57,7 @@ class Catalog:
         Args:
             tokenizer: A ``transformers`` tokenizer.
             end: Text that ends every item. With it no item's tokens are a proper prefix of another's.
+            max_title_tokens: Tokens to which longer titles are cut, see :func:`shorten`; None cuts none.
 
         Returns:
             M lists of token ids.
@@ -68,11 +74,51 @@ class Catalog:
         ):
             if not ids:
                 raise UserError(f"item id {item_id!r}: the title {title!r} has no tokens; write it differently")
-            ended = ids + end_ids
-            if any(ended[i : i + len(end_ids)] == end_ids for i in range(len(ids))):
+            if _ends_early(ids, end_ids):
                 raise UserError(
                     f"item id {item_id!r}: the title {title!r} contains the end of an item, {end!r}; choose another "
                     "`end` in the prompt template"
                 )
-            tokens.append(ended)
-        return tokens
+            tokens.append(ids)
+        if max_title_tokens is not None:
+            whole, tokens = tokens, shorten(tokens, max_title_tokens, end_ids)
+            self.cut_titles = sum(map(ne, whole, tokens))
+        return [ids + end_ids for ids in tokens]
+
+
+def shorten(titles: list[list[int]], limit: int, end: list[int]) -> list[list[int]]:
+    """Cut titles to their first ``limit`` tokens, or as many more as tell each from all other titles.
+
+    A cut title is no prefix of another title, cut or not; equal titles stay equal, and different ones different.
+
+    Args:
+        titles: M lists of token ids, none of which contains the end.
+        limit: Tokens to keep, >= 1.
+        end: Token ids that will follow each title. A cut that would make them appear too early keeps more tokens.
+
+    Returns:
+        M lists of token ids.
+    """
+    cut: dict[tuple[int, ...], list[int]] = {}
+    groups: dict[Any, list[tuple[int, ...]]] = {}  # different titles whose first `size` tokens agree
+    for title in dict.fromkeys(map(tuple, titles)):
+        groups.setdefault(title[:limit], []).append(title)
+    size = limit
+    while groups:
+        longer: dict[Any, list[tuple[int, ...]]] = {}
+        for number, group in enumerate(groups.values()):
+            for title in group:
+                across = list(title[max(0, size - len(end) + 1) : size])  # where the end could begin too early
+                if len(title) <= size or (len(group) == 1 and not _ends_early(across, end)):
+                    cut[title] = list(title[:size])
+                else:
+                    longer.setdefault((number, title[size]), []).append(title)
+        groups = longer
+        size += 1
+    return [cut[tuple(title)] for title in titles]
+
+
+def _ends_early(title: list[int], end: list[int]) -> bool:
+    """Whether the end appears in the title followed by the end before it should."""
+    ended = title + end
+    return any(ended[i : i + len(end)] == end for i in range(len(title)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from recsys.data.batches import BatchDataset, ResumableLoader, plan_batches
 from recsys.data.catalog import Catalog
 from recsys.data.histories import Histories, Split
-from recsys.data.prompts import PromptEncoder, PromptTemplate
+from recsys.data.prompts import PromptEncoder, PromptTemplate, write_entries
 from recsys.data.sources import Columns, Source
 from recsys.types import Batch, UserError
 
@@ -44,6 +44,8 @@ class HistoryDataModule(LightningDataModule):
         catalog: The items; after ``load``.
         histories: The events and rows; after ``load``.
         user_ids: The source's id of each user in ``histories.users``; after ``load``.
+        dropped: What the source left out: reason -> interactions; after ``load``.
+        entries: Texts before and after a title in a prompt, which ``histories.entry`` counts; after ``load``.
         item_tokens: Token ids of each item, the end included; after ``setup``.
         encoder: Makes prompts; after ``setup``.
 
@@ -54,6 +56,8 @@ class HistoryDataModule(LightningDataModule):
     catalog: Catalog
     histories: Histories
     user_ids: pd.Index
+    dropped: dict[str, int]
+    entries: list[tuple[str, str]]
     item_tokens: list[list[int]]
     encoder: PromptEncoder
 
@@ -105,7 +109,7 @@ class HistoryDataModule(LightningDataModule):
         """Load the source, build ``catalog`` and ``histories`` and report the counts; does nothing a second time.
 
         Raises:
-            UserError: The source's, or those of :class:`recsys.data.Histories`.
+            UserError: The source's, those of :class:`recsys.data.Histories`, or a field of ``prompt.entry`` is lacking.
         """
         if hasattr(self, "histories"):
             return
@@ -113,13 +117,15 @@ class HistoryDataModule(LightningDataModule):
         self.catalog = Catalog(tables.items[Columns.ITEM].tolist(), tables.items[Columns.TITLE].tolist())
         user, self.user_ids = pd.factorize(tables.interactions[Columns.USER])
         item = self.catalog.index_of(tables.interactions[Columns.ITEM])
-        self.histories = Histories(user, item, tables.interactions[Columns.TIME].to_numpy(), self.split)
+        self.dropped = getattr(tables, "dropped", {})
+        entry, self.entries = write_entries(self.prompt, tables, item)
+        self.histories = Histories(user, item, tables.interactions[Columns.TIME].to_numpy(), self.split, entry)
         counts = {"items": len(self.catalog)} | self.histories.describe()
         shown = (f"{name} {n:.3f}" if isinstance(n, float) else f"{name} {n:,}" for name, n in counts.items())
         rank_zero_info(f"Data: {', '.join(shown)}")
 
     def setup(self, stage: str) -> None:
-        """Load, then tokenise the catalogue with the Lightning module's tokenizer.
+        """Check the trainer's settings, then :meth:`tokenize` with the Lightning module's tokenizer.
 
         Raises:
             UserError: The trainer's settings do not fit this module, or a title or the template cannot be used.
@@ -131,10 +137,20 @@ class HistoryDataModule(LightningDataModule):
             raise UserError(
                 "set trainer.use_distributed_sampler to false: the data module divides rows among processes"
             )
+        self.tokenize(trainer.lightning_module.tokenizer)
+
+    def tokenize(self, tokenizer: Any) -> None:
+        """Load, then tokenise the catalogue and the fixed texts of the prompts.
+
+        Args:
+            tokenizer: A ``transformers`` tokenizer.
+
+        Raises:
+            UserError: Those of :meth:`load`, or a title or the template cannot be used.
+        """
         self.load()
-        tokenizer = trainer.lightning_module.tokenizer
-        self.item_tokens = self.catalog.tokenize(tokenizer, self.prompt.end)
-        self.encoder = PromptEncoder(tokenizer, self.item_tokens, self.prompt)
+        self.item_tokens = self.catalog.tokenize(tokenizer, self.prompt.end, self.prompt.max_title_tokens)
+        self.encoder = PromptEncoder(tokenizer, self.item_tokens, self.prompt, self.entries)
 
     def train_rows(self, epoch: int) -> np.ndarray:
         """Rows of policy optimisation in one epoch: [R] int64 event indices."""
@@ -143,6 +159,12 @@ class HistoryDataModule(LightningDataModule):
     def window_rows(self, epoch: int) -> np.ndarray:
         """Rows of supervised training in one epoch, whose histories and targets do not overlap: [R] int64."""
         return self._draw(self.histories.windows(self.prompt.max_history), self.windows_per_epoch, epoch)
+
+    def evaluation_rows(self, part: Literal["val", "test"]) -> np.ndarray:
+        """Rows that validation, or test and prediction, go through: [R] int64 event indices in the order of time."""
+        rows, count = {"val": (self.histories.val, self.val_rows), "test": (self.histories.test, self.test_rows)}[part]
+        count = min(count or len(rows), len(rows))
+        return rows[np.arange(count) * len(rows) // count]
 
     def _draw(self, rows: np.ndarray, count: int | None, epoch: int) -> np.ndarray:
         if count is None or count >= len(rows):
@@ -183,22 +205,20 @@ class HistoryDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """The validation rows."""
-        return self._evaluation(self.histories.val, self.val_rows)
+        return self._evaluation(self.evaluation_rows("val"))
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """The test rows."""
-        return self._evaluation(self.histories.test, self.test_rows)
+        return self._evaluation(self.evaluation_rows("test"))
 
     def predict_dataloader(self) -> DataLoader[Batch]:
         """The test rows."""
         return self.test_dataloader()
 
-    def _evaluation(self, rows: np.ndarray, count: int | None) -> DataLoader[Batch]:
+    def _evaluation(self, rows: np.ndarray) -> DataLoader[Batch]:
         assert self.trainer is not None
-        count = min(count or len(rows), len(rows))
-        spread = rows[np.arange(count) * len(rows) // count]  # rows are in the order of time
         return self.batches(
-            spread, self.eval_batch_size, rank=self.trainer.global_rank, world_size=self.trainer.world_size
+            rows, self.eval_batch_size, rank=self.trainer.global_rank, world_size=self.trainer.world_size
         )
 
     def _dataset(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -28,10 +29,12 @@ class Histories:
         item: [E] catalogue index of each event.
         time: [E] time of each event, integers or floats.
         split: How rows are divided.
+        entry: [E] which text each event has in a prompt, see :func:`recsys.data.prompts.write_entries`; 0 by default.
 
     Attributes:
         users: [E] int64, user of each sorted event.
         items: [E] int64, catalogue index of each sorted event.
+        entry: [E] int32, which text each sorted event has in a prompt.
         user_start: [E] int64, index of the first event of the same user.
         train: Train rows: event indices, int64, in the order of time, then file.
         val: The same for validation rows.
@@ -41,12 +44,20 @@ class Histories:
         UserError: There are too few interactions for one row in each of train, validation and test.
     """
 
-    def __init__(self, user: np.ndarray, item: np.ndarray, time: np.ndarray, split: Split = "temporal") -> None:
+    def __init__(
+        self,
+        user: np.ndarray,
+        item: np.ndarray,
+        time: np.ndarray,
+        split: Split = "temporal",
+        entry: np.ndarray | None = None,
+    ) -> None:
         by_time = np.argsort(time, kind="stable")  # equal times keep the order of the file
         by_user = np.argsort(user[by_time], kind="stable")  # [E] place in time of each event
         order = by_time[by_user]
         self.users = user[order].astype(np.int64)
         self.items = item[order].astype(np.int64)
+        self.entry = np.zeros(len(order), dtype=np.int32) if entry is None else entry[order].astype(np.int32)
         event = np.arange(len(order))
         changes = self.users[1:] != self.users[:-1]
         first = np.append(True, changes)[: len(order)]  # the cut matters when there is no event at all
@@ -71,14 +82,36 @@ class Histories:
                 f"which the {split} split leaves {len(self.train)} for training, {len(self.val)} for validation and "
                 f"{len(self.test)} for test; each needs at least one, so provide users with more interactions"
             )
+        cut = split == "temporal"
+        check_no_leak(self.users, time, order, self.user_start, [by_user[part] for part in parts] if cut else [])
 
     def history_start(self, rows: np.ndarray, limit: int) -> np.ndarray:
         """Index of the oldest of the ``limit`` events before each row, or of all if there are fewer: [R] int64."""
         return np.maximum(self.user_start[rows], rows - limit)
 
+    def past(self, row: int, limit: int) -> slice:
+        """The ``limit`` newest events before one row; fewer if there are fewer."""
+        return slice(max(self.user_start[row], row - limit), row)
+
     def history(self, row: int, limit: int) -> np.ndarray:
         """Catalogue indices of the ``limit`` newest events before one row, oldest first; fewer if there are fewer."""
-        return self.items[max(self.user_start[row], row - limit) : row]
+        return self.items[self.past(row, limit)]
+
+    def seen(self, rows: np.ndarray, items: np.ndarray) -> np.ndarray:
+        """Tell which items the rows' users have chosen before, in their whole history and not in the prompt alone.
+
+        Args:
+            rows: [B] event indices.
+            items: [B, C] catalogue indices.
+
+        Returns:
+            [B, C] bool.
+        """
+        counts = rows - self.user_start[rows]
+        owner = np.repeat(np.arange(len(rows)), counts)  # [S] the place in `rows` of each earlier event's row
+        event = np.arange(counts.sum()) + np.repeat(rows - np.cumsum(counts), counts)
+        size = max(items.max(initial=0), self.items.max()) + 1
+        return np.isin(np.arange(len(rows))[:, None] * size + items, owner * size + self.items[event])
 
     def windows(self, size: int) -> np.ndarray:
         """Train rows whose histories of ``size`` events and targets do not overlap, for a loss on every title.
@@ -112,3 +145,29 @@ class Histories:
             "equal_time_share": self._equal_times / rows,
             "target_in_history_share": int(repeated.sum()) / rows,
         }
+
+
+def check_no_leak(
+    users: np.ndarray, time: np.ndarray, place: np.ndarray, user_start: np.ndarray, parts: list[np.ndarray]
+) -> None:
+    """Check that no prompt can hold its target or a later event, and no train row anything of the held-out time.
+
+    Args:
+        users: [E] user of each sorted event.
+        time: [E] time of each.
+        place: [E] place of each in the file.
+        user_start: [E] where the history of each begins.
+        parts: For the temporal split, the places in time of the train, validation and test rows' targets.
+
+    Raises:
+        RuntimeError: see above; a time that is not a number is a cause, the others are faults of this program.
+    """
+    same_user = users[1:] == users[:-1]
+    later = (time[1:] > time[:-1]) | ((time[1:] == time[:-1]) & (place[1:] > place[:-1]))
+    own = (users[user_start] == users).all() and (user_start <= np.arange(len(users))).all()
+    apart = all(early.max() < late.min() for early, late in pairwise(parts))
+    if not ((later | ~same_user).all() and own and apart):
+        raise RuntimeError(
+            "a prompt would hold its target, a later event or another user's event, or a train row lies in the "
+            "held-out time; check that every time is a number"
+        )

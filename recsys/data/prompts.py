@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jinja2
 import numpy as np
+import pandas as pd
 
 from recsys.data.histories import Histories
+from recsys.data.sources import Columns, Tables
 from recsys.types import UserError
 
 _HISTORY = "{history}"
+_TITLE = "{title}"
+_FIELD = re.compile(r"\{(\w+)\}")
 
 
 @dataclass(frozen=True)
@@ -18,25 +25,126 @@ class PromptTemplate:
     """What the model reads before it names an item, and how much history it gets.
 
     Args:
-        template: Text of the prompt. ``{history}`` stands for the titles, oldest first, each followed by ``end``.
+        template: Text of the prompt. ``{history}`` stands for the entries of the history, oldest first.
         end: Text that ends every title, in the prompt and as the model's answer. No title may contain its tokens.
+        entry: Text of one entry. ``{title}`` stands for the title and its ``end``; ``{rating}`` and ``{category}`` for
+            those of the event, if the source has them. An event that lacks one of them is written as ``{title}``
+            alone. What follows the title is read before the next title is named, in training as in evaluation; what
+            precedes it has no counterpart before the target.
         max_history: Most titles in a prompt; the newest are kept.
-        max_tokens: Most tokens in a prompt; older titles are left out, whole titles only, until it fits.
+        max_tokens: Most tokens in a prompt; older entries are left out, whole entries only, until it fits.
+        max_title_tokens: Tokens to which longer titles are cut, ``end`` not counted; a title keeps more where it needs
+            them to differ from all others. Null cuts none.
+        chat: Write the template as a user's message in the chat format of the model's tokenizer, followed by the start
+            of the answer. For instruction-tuned models.
+        system: System message that precedes the user's; only with ``chat``. Null leaves it to the chat format.
 
     Raises:
-        UserError: ``template`` does not hold ``{history}`` exactly once, or ``max_history`` is below 1.
+        UserError: ``template`` does not hold ``{history}`` exactly once, or ``entry`` not ``{title}``; ``entry`` has an
+            unknown field; ``max_history`` or ``max_title_tokens`` is below 1; there is a ``system`` without ``chat``.
     """
 
     template: str = "The user watched these movies, one per line, oldest first:\n{history}"
     end: str = "\n"
+    entry: str = _TITLE
     max_history: int = 20
     max_tokens: int = 512
+    max_title_tokens: int | None = None
+    chat: bool = False
+    system: str | None = None
 
     def __post_init__(self) -> None:
         if self.template.count(_HISTORY) != 1:
             raise UserError(f"the prompt template must contain {_HISTORY} exactly once, but it is {self.template!r}")
+        if self.entry.count(_TITLE) != 1:
+            raise UserError(f"the prompt's entry must contain {_TITLE} exactly once, but it is {self.entry!r}")
+        for field in self.fields:
+            if field not in (Columns.RATING, Columns.CATEGORY):
+                raise UserError(
+                    f"the prompt's entry has the unknown field {{{field}}}; it may have {{rating}}, {{category}}"
+                )
         if self.max_history < 1:
             raise UserError(f"the prompt's max_history must be at least 1, but it is {self.max_history}")
+        if self.max_title_tokens is not None and self.max_title_tokens < 1:
+            raise UserError(f"the prompt's max_title_tokens must be at least 1, but it is {self.max_title_tokens}")
+        if self.system is not None and not self.chat:
+            raise UserError("the prompt's system message needs chat: true")
+
+    @property
+    def fields(self) -> list[str]:
+        """Columns that ``entry`` shows, the title apart."""
+        return [field for field in _FIELD.findall(self.entry) if field != Columns.TITLE]
+
+    def text(self, tokenizer: Any) -> str:
+        """Return the prompt with ``{history}`` in it, in the tokenizer's chat format where ``chat`` says so.
+
+        Raises:
+            UserError: The tokenizer has no chat format, or one that cannot hold these messages.
+        """
+        if not self.chat:
+            return self.template
+        if not getattr(tokenizer, "chat_template", None):
+            raise UserError(
+                "the prompt's chat is true, but the model's tokenizer has no chat template; set it to false"
+            )
+        messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+        messages.append({"role": "user", "content": self.template})
+        try:
+            text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except jinja2.TemplateError as error:  # some formats have no system message
+            raise UserError(f"the prompt's messages do not fit the tokenizer's chat template: {error}") from error
+        if text.count(_HISTORY) != 1:
+            raise UserError(f"the chat prompt must contain {_HISTORY} exactly once, but it is {text!r}")
+        return text
+
+
+def write_entries(
+    template: PromptTemplate, tables: Tables, item: np.ndarray
+) -> tuple[np.ndarray, list[tuple[str, str]]]:
+    """Write the different texts around the titles of the events.
+
+    Args:
+        template: Its ``entry`` is what is written.
+        tables: Provide the fields: the rating of each event, the category of each item.
+        item: [E] catalogue index of each event.
+
+    Returns:
+        [E] int32, which text each event has; and the texts as pairs, before the title and after its end.
+
+    Raises:
+        UserError: The source lacks a field.
+    """
+    columns: dict[str, tuple[np.ndarray, list[str]]] = {}  # field -> [E] number of the value, -1 = none; the values
+    for field in template.fields:
+        table = tables.items if field == Columns.CATEGORY else tables.interactions
+        if field not in table:
+            raise UserError(
+                f"data.prompt.entry uses {{{field}}}, but data.source provides no {field}; name its column there, or "
+                "take the field out of the entry"
+            )
+        codes, values = pd.factorize(table[field].where(table[field] != ""))
+        if field == Columns.CATEGORY:
+            columns[field] = codes[item], list(values)
+        else:
+            columns[field] = (
+                codes,
+                [f"{value:.7g}" for value in values],
+            )  # 4.0 as 4, and no more digits than float32 has
+    number = np.zeros(len(item), dtype=np.int64)  # [E] number of the event's combination of values, -1 = incomplete
+    for codes, texts in columns.values():
+        number = np.where((number < 0) | (codes < 0), -1, number * len(texts) + codes)
+    _, examples, entry = np.unique(number, return_index=True, return_inverse=True)
+    pairs = []
+    for event in examples:
+        shown = {field: texts[codes[event]] for field, (codes, texts) in columns.items()}
+        text = _TITLE if number[event] < 0 else template.entry
+        before, after = (_fill(part, shown) for part in text.split(_TITLE))
+        pairs.append((before, after))
+    return entry.astype(np.int32), pairs
+
+
+def _fill(text: str, values: dict[str, str]) -> str:
+    return _FIELD.sub(lambda match: values[match[1]], text)
 
 
 @dataclass
@@ -52,56 +160,77 @@ class PromptEncoder:
     """Joins the token ids of a prompt's fixed text and of the titles; nothing is tokenised twice or across a boundary.
 
     Args:
-        tokenizer: A ``transformers`` tokenizer. If it starts texts with a BOS token, so does the prompt.
+        tokenizer: A ``transformers`` tokenizer. If it starts texts with a BOS token, so does the prompt; a chat prompt
+            starts as its format says.
         item_tokens: M lists of token ids as :meth:`recsys.data.Catalog.tokenize` returns them.
         template: The text and the limits.
+        entries: The different texts before and after a title, as :func:`write_entries` returns them.
 
     Raises:
-        UserError: No token precedes the history, or the longest title does not fit into a prompt.
+        UserError: No token precedes the history, or the longest entry may not fit into a prompt.
     """
 
-    def __init__(self, tokenizer: Any, item_tokens: list[list[int]], template: PromptTemplate) -> None:
-        before, after = template.template.split(_HISTORY)
+    def __init__(
+        self,
+        tokenizer: Any,
+        item_tokens: list[list[int]],
+        template: PromptTemplate,
+        entries: Sequence[tuple[str, str]] = (("", ""),),
+    ) -> None:
+        before, after = template.text(tokenizer).split(_HISTORY)
         self._head: list[int] = tokenizer(before, add_special_tokens=False).input_ids
         self._tail: list[int] = tokenizer(after, add_special_tokens=False).input_ids
         bos = tokenizer.bos_token_id
-        if bos is not None and tokenizer(before).input_ids[:1] == [bos] != self._head[:1]:
+        if not template.chat and bos is not None and tokenizer(before).input_ids[:1] == [bos] != self._head[:1]:
             self._head = [bos, *self._head]
         if not self._head:
             raise UserError(
                 f"the prompt template needs some text before {_HISTORY}: the model cannot start from nothing"
             )
 
+        self._around: list[tuple[list[int], list[int]]] = [
+            (tokenizer(left, add_special_tokens=False).input_ids, tokenizer(right, add_special_tokens=False).input_ids)
+            for left, right in entries
+        ]
+        self._around_lengths = np.array([len(left) + len(right) for left, right in self._around])
         self.item_lengths = np.array([len(tokens) for tokens in item_tokens])
         self._offsets = np.concatenate([[0], np.cumsum(self.item_lengths)])
         self._item_tokens = np.concatenate(item_tokens)  # one array: worker processes share it without copying
         self.max_history = template.max_history
         self._budget = template.max_tokens - len(self._head) - len(self._tail)
-        if self.item_lengths.max() > self._budget:
+        around = self._around_lengths.max()
+        if self.item_lengths.max() + around > self._budget:
             longest = item_tokens[self.item_lengths.argmax()]
             raise UserError(
                 f"a prompt of max_tokens={template.max_tokens} leaves {self._budget} tokens for titles, but the "
-                f"longest has {len(longest)}: {tokenizer.decode(longest)!r}; raise max_tokens or shorten the template "
-                "or the title"
+                f"longest has {len(longest)}{f' and {around} around it' if around else ''}: "
+                f"{tokenizer.decode(longest)!r}; raise max_tokens, lower max_title_tokens, or shorten the template or "
+                "the title"
             )
 
-    def encode(self, history: np.ndarray) -> EncodedPrompt:
+    def encode(self, history: np.ndarray, entry: np.ndarray | None = None) -> EncodedPrompt:
         """Encode the newest titles of a history that fit the limits.
 
         Args:
             history: [any] catalogue indices, oldest first. An empty history gives the fixed text alone.
+            entry: [any] which of the encoder's ``entries`` each title has; the first one by default.
 
         Returns:
             The prompt, with at least one title unless the history is empty.
         """
         newest = history[-self.max_history :]
-        fitting = np.searchsorted(np.cumsum(self.item_lengths[newest[::-1]]), self._budget, side="right")
-        kept = newest[len(newest) - fitting :].tolist()
+        kind = np.zeros(len(newest), dtype=np.int64) if entry is None else entry[-self.max_history :]
+        lengths = self._entry_lengths(newest, kind)
+        fitting = np.searchsorted(np.cumsum(lengths[::-1]), self._budget, side="right")
+        first = len(newest) - fitting
         tokens, starts = list(self._head), []
-        for item in kept:
+        for item, text in zip(newest[first:], kind[first:], strict=True):
+            before, after = self._around[text]
+            tokens += before
             starts.append(len(tokens))
             tokens += self._item_tokens[self._offsets[item] : self._offsets[item + 1]].tolist()
-        return EncodedPrompt(tokens + self._tail, kept, starts)
+            tokens += after
+        return EncodedPrompt(tokens + self._tail, newest[first:].tolist(), starts)
 
     def lengths(self, histories: Histories, rows: np.ndarray) -> np.ndarray:
         """Tokens of each row's prompt, as ``encode`` makes it, without encoding any.
@@ -113,7 +242,11 @@ class PromptEncoder:
         Returns:
             [R] int64.
         """
-        ends = np.concatenate([[0], np.cumsum(self.item_lengths[histories.items])])  # [E + 1] title tokens before event
+        lengths = self._entry_lengths(histories.items, histories.entry)
+        ends = np.concatenate([[0], np.cumsum(lengths)])  # [E + 1] tokens of all entries before event
         first_fitting = np.searchsorted(ends, ends[rows] - self._budget)
         start = np.maximum(histories.history_start(rows, self.max_history), first_fitting)
         return len(self._head) + ends[rows] - ends[start] + len(self._tail)
+
+    def _entry_lengths(self, items: np.ndarray, entry: np.ndarray) -> np.ndarray:
+        return self.item_lengths[items] + self._around_lengths[entry]

@@ -24,6 +24,8 @@ class Columns:
     ITEM = "item"
     TIME = "time"
     TITLE = "title"
+    RATING = "rating"
+    CATEGORY = "category"
 
 
 @dataclass

@@ -1,0 +1,100 @@
+"""The data card: what the data holds, and what the split, the prompt and the batch sizes make of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from recsys.data.batches import plan_batches
+from recsys.data.datamodule import HistoryDataModule
+
+
+def data_card(data: HistoryDataModule) -> dict[str, Any]:
+    """Describe the data of a run.
+
+    Args:
+        data: After ``tokenize``.
+
+    Returns:
+        A number, or several by name, for each thing described. What begins with "share" is a fraction, all else a
+        count. A row is a history with its target; all rows are described, but the batches are those of the first
+        epoch on one device. A user or target is unseen in training if no train row has that user or target.
+    """
+    histories, counts = data.histories, data.histories.describe()
+    parts = {"train": histories.train, "validation": histories.val, "test": histories.test}
+    held_out = {name: parts[name] for name in ("validation", "test")}
+    rows = np.concatenate(list(parts.values()))
+    seen_users, seen_items = histories.users[histories.train], histories.items[histories.train]
+    title_ids: dict[tuple[int, ...], int] = {}
+    for tokens in data.item_tokens:
+        title_ids[tuple(tokens)] = title_ids.get(tuple(tokens), 0) + 1
+    plans = {
+        "windows": (data.window_rows(0), data.window_batch_size, [data.seed, 0]),
+        "rows": (data.train_rows(0), data.batch_size, [data.seed, 0]),
+        "validation": (data.evaluation_rows("val"), data.eval_batch_size, None),
+        "test": (data.evaluation_rows("test"), data.eval_batch_size, None),
+    }
+    return {
+        "items": len(data.catalog),
+        "items that nobody chose": len(data.catalog) - len(np.unique(histories.items)),
+        "items that share their title": sum(n for n in title_ids.values() if n > 1),
+        "users": counts["users"],
+        "users without history": counts["users_without_history"],
+        "interactions": counts["interactions"],
+        "dropped by the source": data.dropped or 0,
+        "share of user-item pairs (density)": counts["interactions"] / (counts["users"] * len(data.catalog)),
+        "rows": {name: len(part) for name, part in parts.items()},
+        "share of rows at the time of the one before": counts["equal_time_share"],
+        "share of targets already in the history": counts["target_in_history_share"],
+        "share of users unseen in training": {
+            name: _share_not_in(np.unique(histories.users[part]), seen_users) for name, part in held_out.items()
+        },
+        "share of targets unseen in training": {
+            name: _share_not_in(histories.items[part], seen_items) for name, part in held_out.items()
+        },
+        "history length": _distribution(rows - histories.user_start[rows]),
+        "title length in tokens, end included": _distribution(data.encoder.item_lengths),
+        "titles cut": data.catalog.cut_titles,
+        "prompt length in tokens": _distribution(data.encoder.lengths(histories, rows)),
+        "rows drawn for an epoch": {name: len(drawn) for name, (drawn, _, _) in plans.items()},
+        "share of padding in the batches": {name: _padding(data, *plan) for name, plan in plans.items()},
+    }
+
+
+def _distribution(values: np.ndarray) -> dict[str, float]:
+    return {
+        "mean": float(values.mean()),
+        "median": float(np.median(values)),
+        "95 %": float(np.quantile(values, 0.95)),
+        "max": int(values.max()),
+    }
+
+
+def _share_not_in(values: np.ndarray, others: np.ndarray) -> float:
+    return float((~np.isin(values, others)).mean())
+
+
+def _padding(data: HistoryDataModule, rows: np.ndarray, batch_size: int, shuffle_seed: list[int] | None) -> float:
+    lengths = data.encoder.lengths(data.histories, rows)
+    plan = plan_batches(np.arange(len(rows)), lengths, batch_size, shuffle_seed)
+    return 1 - float(lengths.sum() / sum(len(batch) * lengths[batch].max() for batch in plan))
+
+
+def card_text(card: dict[str, Any]) -> str:
+    """Write a card in two aligned columns."""
+    width = max(map(len, card))
+    return "\n".join(f"{name:{width}}  {_written(name, value)}" for name, value in card.items())
+
+
+def card_markdown(card: dict[str, Any]) -> str:
+    """Write a card as a Markdown table."""
+    return "\n".join(["| data | |", "|---|---|", *(f"| {n} | {_written(n, value)} |" for n, value in card.items())])
+
+
+def _written(name: str, value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_written(name, number)}" for key, number in value.items())
+    if name.startswith("share"):
+        return f"{value:.2%}"
+    return f"{value:,.1f}" if isinstance(value, float) and value % 1 else f"{value:,.0f}"
