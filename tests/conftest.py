@@ -38,7 +38,8 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     with open(folder / "interactions.csv", "w", newline="") as file:
         rows = [[f"u{u}", f"i{(3 * u + t) % len(TITLES)}", 100 * t + u] for u in range(30) for t in range(12)]
         csv.writer(file).writerows([["user_id", "item_id", "timestamp"], *rows])
-    return {"interactions": str(folder / "interactions.csv"), "items": str(folder / "items.csv")}
+    names = {"interactions": "interactions.csv", "items": "items.csv", "cache_dir": "cache"}
+    return {name: str(folder / file) for name, file in names.items()}
 
 
 class Run:

@@ -3,8 +3,7 @@ import gzip
 import pandas as pd
 import pytest
 
-from recsys.assets import ML100K_INTERACTIONS, ML100K_ITEMS
-from recsys.data import Columns, MovieLens100K, Table, Tables, sources
+from recsys.data import Columns, Table, Tables
 from recsys.types import UserError
 
 ITEMS = "item_id,title\n007,Alien\n7,Brazil\n"
@@ -19,7 +18,7 @@ def table(tmp_path):
         paths = [tmp_path / "log.csv", tmp_path / "items.csv"]
         for path, text in zip(paths, (interactions, items), strict=True):
             path.write_text(text, encoding="utf-8")
-        return Table(*map(str, paths), **columns)
+        return Table(*map(str, paths), cache_dir=str(tmp_path / "cache"), **columns)
 
     return write
 
@@ -43,7 +42,8 @@ def test_tsv_gzip_and_own_column_names(tmp_path):
     with gzip.open(tmp_path / "log.tsv.gz", "wt") as file:
         file.write("when\tthing\twho\textra\n5\ta\tx\t-\n")
     (tmp_path / "items.csv").write_text("thing,name\na,Alien\n")
-    source = Table(str(tmp_path / "log.tsv.gz"), str(tmp_path / "items.csv"), "who", "thing", "when", "name")
+    paths = map(str, [tmp_path / "log.tsv.gz", tmp_path / "items.csv"])
+    source = Table(*paths, "who", "thing", "when", "name", cache_dir=str(tmp_path / "cache"))
     tables = source.load()
     assert tables.interactions.iloc[0].to_dict() == {"user": "x", "item": "a", "time": 5}
     assert tables.items.iloc[0].to_dict() == {"item": "a", "title": "Alien"}
@@ -80,7 +80,8 @@ def test_missing_column_lists_those_there(table):
 
 
 def test_other_file_formats_are_named(tmp_path):
-    fails(Table("log.parquet", "items.csv"), "log.parquet", ".csv or .tsv")
+    fails(Table("log.txt", "items.csv"), "log.txt", ".csv or .tsv or .jsonl or .json or .parquet")
+    fails(Table("log.parquet.gz", "items.csv"), "log.parquet.gz", "all but the last")
 
 
 @pytest.mark.parametrize(
@@ -103,8 +104,10 @@ def test_text_that_is_not_utf8(table, tmp_path):
 
 
 def test_gzip_that_is_cut_short(tmp_path):
+    (tmp_path / "items.csv").write_text(ITEMS)
     (tmp_path / "log.csv.gz").write_bytes(gzip.compress(INTERACTIONS.encode())[:-12])
-    fails(Table(str(tmp_path / "log.csv.gz"), "items.csv"), "log.csv.gz", "not readable as a table")
+    paths = map(str, [tmp_path / "log.csv.gz", tmp_path / "items.csv"])
+    fails(Table(*paths, cache_dir=str(tmp_path / "cache")), "log.csv.gz", "not readable as a table")
 
 
 def test_unknown_item(table):
@@ -140,18 +143,3 @@ def test_unreadable_time(table, time):
 def test_unreadable_date(table):
     log = "user_id,item_id,timestamp\nu,7,2024-01-01\nu,7,5.5.2024\n"
     fails(table(log), "log.csv, row 3", "'5.5.2024'")
-
-
-def test_movielens_files(tmp_path, monkeypatch):
-    """Quotes are part of a title there, and the headers carry types."""
-    log, items = tmp_path / "ml-100k.inter", tmp_path / "ml-100k.item"
-    log.write_text("user_id:token\titem_id:token\trating:float\ttimestamp:float\n196\t2\t3\t881250949\n22\t1\t3\t5\n")
-    items.write_text(
-        'item_id:token\tmovie_title:token_seq\trelease_year:token\n1\t"Toy" Story\t1995\n2\tGoldenEye\t1995\n'
-    )
-    asked = []
-    monkeypatch.setattr(sources, "fetch_all", lambda *args: asked.append(args) or [log, items])
-    tables = MovieLens100K("cache").load()
-    assert asked == [([ML100K_INTERACTIONS, ML100K_ITEMS], "cache")]
-    assert tables.interactions.to_numpy().tolist() == [["196", "2", 881250949], ["22", "1", 5]]
-    assert tables.items[Columns.TITLE].tolist() == ['"Toy" Story', "GoldenEye"]

@@ -6,15 +6,32 @@ from recsys.data.catalog import Catalog
 from recsys.data.datamodule import HistoryDataModule
 from recsys.data.histories import Histories
 from recsys.data.prompts import EncodedPrompt, PromptEncoder, PromptTemplate
-from recsys.data.sources import Columns, MovieLens100K, Source, Table, Tables
+from recsys.data.sources import (
+    AmazonReviews,
+    Columns,
+    Filters,
+    HistoryRows,
+    Hub,
+    MovieLens,
+    MovieLens100K,
+    Source,
+    Table,
+    Tables,
+    Yelp,
+)
 
 __all__ = [
+    "AmazonReviews",
     "BatchDataset",
     "Catalog",
     "Columns",
     "EncodedPrompt",
+    "Filters",
     "Histories",
     "HistoryDataModule",
+    "HistoryRows",
+    "Hub",
+    "MovieLens",
     "MovieLens100K",
     "PromptEncoder",
     "PromptTemplate",
@@ -22,6 +39,7 @@ __all__ = [
     "Source",
     "Table",
     "Tables",
+    "Yelp",
     "card_markdown",
     "card_text",
     "data_card",

@@ -117,10 +117,11 @@ class HistoryDataModule(LightningDataModule):
         self.catalog = Catalog(tables.items[Columns.ITEM].tolist(), tables.items[Columns.TITLE].tolist())
         user, self.user_ids = pd.factorize(tables.interactions[Columns.USER])
         item = self.catalog.index_of(tables.interactions[Columns.ITEM])
-        self.dropped = getattr(tables, "dropped", {})
+        self.dropped = tables.dropped
         entry, self.entries = write_entries(self.prompt, tables, item)
         self.histories = Histories(user, item, tables.interactions[Columns.TIME].to_numpy(), self.split, entry)
-        counts = {"items": len(self.catalog)} | self.histories.describe()
+        dropped = {f"dropped_{name}": n for name, n in tables.dropped.items()}
+        counts = {"items": len(self.catalog)} | self.histories.describe() | dropped
         shown = (f"{name} {n:.3f}" if isinstance(n, float) else f"{name} {n:,}" for name, n in counts.items())
         rank_zero_info(f"Data: {', '.join(shown)}")
 

@@ -1,0 +1,69 @@
+"""Amazon Reviews in the layouts of 2018 and 2023."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from recsys.data.sources.cleaning import usable
+from recsys.data.sources.files import DataFile
+from recsys.data.sources.reading import ARROW_CACHE, read
+from recsys.data.sources.tables import Columns, Filters, Source, Tables
+from recsys.types import UserError
+
+_REVIEWS = (  # user, item, time and rating: 2018 and 2023
+    ("reviewerID", "asin", "unixReviewTime", "overall"),
+    ("user_id", "parent_asin", "timestamp", "rating"),
+)
+_METADATA = (("asin", "category"), ("parent_asin", "categories"))
+
+
+class AmazonReviews(Source):
+    """One category of Amazon Reviews: the reviews and the metadata, as of 2018 or 2023, told by their columns.
+
+    2018: ``Office_Products_5.json.gz`` and ``meta_Office_Products.json.gz``. 2023: ``Office_Products.jsonl.gz``, or the
+    5-core ``Office_Products.csv.gz``, and ``meta_Office_Products.jsonl.gz``. Each may be unpacked. An item of 2023 is a
+    ``parent_asin``; its category is ``categories``.
+
+    These sets are dirty, so what cannot be used is dropped and counted: later metadata of an item, items whose title is
+    missing, empty or holds HTML or JavaScript (a known fault of 2018), reviews of an item without usable metadata,
+    later reviews of the same user, item and time, and items without reviews. HTML entities become characters.
+
+    Args:
+        reviews: Path of the reviews.
+        metadata: Path of the metadata.
+        filters: Interactions to leave out; duplicates always are.
+        cache_dir: Folder that keeps the converted files; ``~`` is the home folder.
+    """
+
+    def __init__(
+        self, reviews: str, metadata: str, filters: Filters | None = None, cache_dir: str = ARROW_CACHE
+    ) -> None:
+        self.reviews = reviews
+        self.metadata = metadata
+        self.filters = replace(filters or Filters(), drop_duplicates=True)
+        self.cache_dir = cache_dir
+
+    def load(self) -> Tables:
+        """Read both files.
+
+        Raises:
+            UserError: A file cannot be read or is of neither layout, or a check of :class:`Tables` fails.
+        """
+        reviews, metadata = DataFile(self.reviews), DataFile(self.metadata)
+        user, item, time, rating = _layout(reviews, _REVIEWS)
+        meta_item, category = _layout(metadata, _METADATA)
+        item_columns = {Columns.ITEM: meta_item, Columns.TITLE: "title", Columns.CATEGORY: category}
+        columns = {Columns.USER: user, Columns.ITEM: item, Columns.TIME: time, Columns.RATING: rating}
+        items = read(metadata, item_columns, self.cache_dir)
+        log, items, dropped = usable(read(reviews, columns, self.cache_dir), items)
+        return Tables(log, items, self.reviews, self.metadata, dropped).filtered(self.filters)
+
+
+def _layout(file: DataFile, layouts: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
+    """The columns of the first layout that the file has."""
+    names = file.column_names()
+    for layout in layouts:
+        if set(layout) <= set(names):
+            return layout
+    wanted = " or ".join(", ".join(layout) for layout in layouts)
+    raise UserError(f"{file.path}: should have the columns {wanted}; it has {', '.join(names)}")

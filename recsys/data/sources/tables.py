@@ -1,0 +1,230 @@
+"""The contract of every source: two tables that are checked, and filters that are applied, in one place."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from recsys.types import UserError
+
+_SLICE = 1_000_000  # values converted at a time, so that millions of texts never become Python strings at once
+
+
+class Columns:
+    """Column names of the two tables."""
+
+    USER = "user"
+    ITEM = "item"
+    TIME = "time"
+    RATING = "rating"
+    TITLE = "title"
+    CATEGORY = "category"
+
+
+@dataclass
+class Filters:
+    """Interactions to leave out, in this order: duplicates, low ratings, other times, and what a k-core lacks.
+
+    Args:
+        k_core: Drop users and items with fewer interactions than this, again and again until none is left; 0 keeps
+            all, also items that nobody chose.
+        min_rating: Keep interactions with at least this rating; null keeps all.
+        start: Keep interactions at this time or later: a number in the unit of the data, or an ISO 8601 date (UTC)
+            where the data has dates or Unix time; its unit, seconds to nanoseconds, is told by its size.
+        end: Keep interactions before this time, written as ``start``.
+        drop_duplicates: Keep only the first of several interactions of the same user, item and time.
+
+    Raises:
+        UserError: ``k_core`` is negative, or ``start`` or ``end`` is neither a number nor a date.
+    """
+
+    k_core: int = 0
+    min_rating: float | None = None
+    start: str | float | None = None
+    end: str | float | None = None
+    drop_duplicates: bool = False
+
+    def __post_init__(self) -> None:
+        if self.k_core < 0:
+            raise UserError(f"filters.k_core must be at least 0, but it is {self.k_core}")
+        for name, bound in {"start": self.start, "end": self.end}.items():
+            if bound is not None and np.isnan(_bound(bound, 1)):
+                raise UserError(f"filters.{name} must be a number or an ISO 8601 date, but it is {bound!r}")
+
+
+@dataclass
+class Tables:
+    """Checked interactions and items; building one normalises titles, categories, times and ratings.
+
+    The index of each frame holds the row numbers that error messages name, so a source that drops rows keeps it.
+
+    Args:
+        interactions: Columns user, item, time and perhaps rating, in file order. User and item are strings and become
+            categorical. Time is a number in any unit or ISO 8601 text; only its order matters, and it becomes a number
+            (a date: microseconds). A rating becomes a number.
+        items: Columns item (string, unique), title and perhaps category (several are joined by ``|``; none is ``""``).
+            Runs of whitespace in a title or a category become one space.
+        interactions_from: What messages call the interactions, usually the file's path.
+        items_from: The same for the items.
+        dropped: What the source or a filter left out, and how much of it, for the counts that are reported.
+
+    Raises:
+        UserError: An empty or repeated id or an empty title in the items; an empty user, an unknown item or an
+            unreadable time or rating in the interactions. The message names the file, the first such row and how many
+            there are.
+    """
+
+    interactions: pd.DataFrame
+    items: pd.DataFrame
+    interactions_from: str
+    items_from: str
+    dropped: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        empty = "is empty; fill it in or remove the row"
+        ids = self.items[Columns.ITEM]
+        texts = {
+            name: pd.Series([" ".join(str(t).split()) for t in self.items[name].fillna("")], ids.index, dtype=object)
+            for name in (Columns.TITLE, Columns.CATEGORY)
+            if name in self.items
+        }
+        no_title = texts[Columns.TITLE] == ""
+        _reject(self.items_from, is_missing(ids), "item id", ids, empty)
+        _reject(self.items_from, ids.duplicated(), "item id", ids, "was seen before; keep one row for each id")
+        _reject(self.items_from, no_title, "item id", ids, "has no title; add one, or remove it everywhere")
+        self.items = self.items.assign(**texts)
+
+        log = self.interactions
+        users, items = (log[name].astype("category") for name in (Columns.USER, Columns.ITEM))
+        unknown = f"is not in {self.items_from}; add it there or remove the row"
+        _reject(self.interactions_from, is_missing(users), "user id", users, empty)
+        _reject(self.interactions_from, ~items.isin(ids), "item id", items, unknown)
+        numbers = {Columns.TIME: to_numbers(log[Columns.TIME], dates=True)}
+        unreadable = "is not a number, or not an ISO 8601 date where the first row's is one; correct it"
+        _reject(self.interactions_from, numbers[Columns.TIME].isna(), "time", log[Columns.TIME], unreadable)
+        if Columns.RATING in log:
+            numbers[Columns.RATING] = to_numbers(log[Columns.RATING], dates=False).astype(float)
+            bad = numbers[Columns.RATING].isna()
+            _reject(self.interactions_from, bad, "rating", log[Columns.RATING], "is not a number; correct it")
+        self.interactions = log.assign(**{Columns.USER: users, Columns.ITEM: items}, **numbers)
+
+    def filtered(self, filters: Filters | None) -> Tables:
+        """These tables without what the filters leave out, which ``dropped`` counts.
+
+        Raises:
+            UserError: ``min_rating`` is set but there are no ratings, or no interaction is left.
+        """
+        if filters is None:
+            return self
+        log, items, dropped = self.interactions, self.items, dict(self.dropped)
+        if filters.drop_duplicates:
+            repeated = log.duplicated([Columns.USER, Columns.ITEM, Columns.TIME])
+            log, dropped["rows_duplicate"] = log[~repeated], int(repeated.sum())
+        if filters.min_rating is not None:
+            if Columns.RATING not in log:
+                raise UserError(f"filters.min_rating is set, but {self.interactions_from} is read without ratings")
+            low = log[Columns.RATING] < filters.min_rating
+            log, dropped["rows_below_min_rating"] = log[~low], int(low.sum())
+        if filters.start is not None or filters.end is not None:
+            time = log[Columns.TIME]
+            latest = time.max() if len(time) else 0
+            second = next((unit for unit in (1, 10**3, 10**6) if latest < 1e11 * unit), 10**9)  # 1e11 s: year 5138
+            outside = pd.Series(False, log.index)
+            if filters.start is not None:
+                outside |= time < _bound(filters.start, second)
+            if filters.end is not None:
+                outside |= time >= _bound(filters.end, second)
+            log, dropped["rows_outside_time"] = log[~outside], int(outside.sum())
+        if filters.k_core:
+            rows = k_core(
+                log[Columns.USER].cat.codes.to_numpy(), log[Columns.ITEM].cat.codes.to_numpy(), filters.k_core
+            )
+            dropped["rows_outside_k_core"] = len(log) - len(rows)
+            log = log.iloc[rows]
+            inside = items[Columns.ITEM].isin(log[Columns.ITEM].unique())
+            items, dropped["items_outside_k_core"] = items[inside], int((~inside).sum())
+        if log.empty:
+            counts = ", ".join(f"{name} {n:,}" for name, n in dropped.items())
+            raise UserError(f"{self.interactions_from}: the filters leave no interaction ({counts}); relax them")
+        return replace(self, interactions=log, items=items, dropped=dropped)
+
+
+class Source(ABC):
+    """Loads interactions and items. To add one, subclass this in any module and name it in YAML by ``class_path``."""
+
+    @abstractmethod
+    def load(self) -> Tables:
+        """Read everything and return the checked tables."""
+
+
+def k_core(user: np.ndarray, item: np.ndarray, k: int) -> np.ndarray:
+    """Largest set of interactions in which each user and each item that occurs has at least ``k``.
+
+    Args:
+        user: [E] user of each interaction, codes >= 0.
+        item: [E] item of each interaction, codes >= 0.
+        k: Fewest interactions.
+
+    Returns:
+        [R] int64, positions of the interactions kept, in order.
+    """
+    rows = np.arange(len(user))
+    while True:
+        users, items = user[rows], item[rows]
+        enough = (np.bincount(users)[users] >= k) & (np.bincount(items)[items] >= k) if len(rows) else rows > 0
+        if enough.all():
+            return rows
+        rows = rows[enough]
+
+
+def is_missing(ids: pd.Series) -> pd.Series:
+    """Whether each id is missing or empty."""
+    return ids.isna() | (ids == "")
+
+
+def _bound(value: str | float, second: int) -> float:
+    """A bound of the time as a number, where a second has this many units; NaN if it cannot be read."""
+    try:
+        return float(value)
+    except ValueError:
+        date = pd.to_datetime(pd.Series([value]), errors="coerce", format="ISO8601", utc=True)[0]
+        return date.timestamp() * second if pd.notna(date) else np.nan
+
+
+def to_numbers(values: pd.Series, dates: bool) -> pd.Series:
+    """Values as numbers, missing where they cannot be read; the first row decides between numbers and dates."""
+    parts = [values.iloc[i : i + _SLICE] for i in range(0, len(values), _SLICE)]
+    if dates and parts and np.isnan(_slice_to_numbers(parts[0].iloc[:1])[0]):
+        arrays = [_slice_to_microseconds(part) for part in parts]
+    else:
+        arrays = [_slice_to_numbers(part) for part in parts]
+    numbers = pd.Series(np.concatenate(arrays) if arrays else np.empty(0, np.int64), values.index)
+    return numbers.where(np.isfinite(numbers))
+
+
+def _slice_to_numbers(values: pd.Series) -> np.ndarray:
+    for kind in (pa.int64(), pa.float64()):  # integers first: beyond 2 ** 53 a float would merge neighbours
+        try:
+            numbers = pa.array(values).cast(kind)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError):
+            continue
+        if not numbers.null_count:
+            return np.asarray(numbers)
+    return pd.to_numeric(values.astype(object), errors="coerce").to_numpy(dtype=float)
+
+
+def _slice_to_microseconds(values: pd.Series) -> np.ndarray:
+    dates = pd.to_datetime(values.astype(object), errors="coerce", format="ISO8601", utc=True).dt.as_unit("us")
+    return dates.astype("int64").where(dates.notna()).to_numpy()
+
+
+def _reject(table: str, bad: pd.Series, name: str, values: pd.Series, problem: str) -> None:
+    """Raise a UserError that names the first bad row and its value, if there is one."""
+    if bad.any():
+        first = int(bad.to_numpy().argmax())
+        where = f"{table}, row {values.index[first]}"
+        raise UserError(f"{where}: {name} {values.iloc[first]!r} {problem} ({bad.sum()} such rows in all)")

@@ -1,0 +1,256 @@
+"""The formats of `Table`, its cache, and `Hub`."""
+
+import ast
+import csv
+import gzip
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from recsys.data import Catalog, Columns, Hub, Table
+from recsys.data.sources import files
+from recsys.types import UserError
+
+LOG = [["u1", "007", "3", "4.5"], ["NA", "7", "1", "2"], ["u1", "7", "2", "5"]]
+ITEMS = [["007", 'The "Best"\tof Amélie 🎬', "a|b"], ["7", "two\nlines, one title", ""]]
+LOG_NAMES, ITEM_NAMES = ["user_id", "item_id", "timestamp", "stars"], ["item_id", "title", "genre"]
+
+
+def dump(path, names, rows):
+    """Write rows in the format that the name tells, by the standard library."""
+    opened = gzip.open if path.suffix == ".gz" else open
+    suffix = path.name.removesuffix(".gz").rpartition(".")[2]
+    if suffix == "parquet":
+        return pq.write_table(pa.table(dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))), path)
+    with opened(path, "wt", newline="", encoding="utf-8") as file:
+        if suffix in ("csv", "tsv"):
+            csv.writer(file, delimiter="," if suffix == "csv" else "\t").writerows([names, *rows])
+        else:
+            file.writelines(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in rows)
+
+
+@pytest.fixture
+def table(tmp_path):
+    """Writes the two files and returns their Table."""
+
+    def make(log="log.csv", items="items.csv", rows=LOG, item_rows=ITEMS, **kwargs):
+        dump(tmp_path / log, LOG_NAMES, rows)
+        dump(tmp_path / items, ITEM_NAMES, item_rows)
+        kwargs = {"rating": "stars", "category": "genre", "cache_dir": str(tmp_path / "cache")} | kwargs
+        return Table(str(tmp_path / log), str(tmp_path / items), **kwargs)
+
+    return make
+
+
+def fails(source, *parts):
+    with pytest.raises(UserError) as caught:
+        source.load()
+    for part in parts:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "suffix", ["csv", "tsv", "jsonl", "json", "parquet", "csv.gz", "tsv.gz", "jsonl.gz", "json.gz"]
+)
+def test_every_format_gives_the_same_tables(table, suffix):
+    tables = table(f"log.{suffix}", f"items.{suffix}").load()
+    log, items = tables.interactions, tables.items
+    assert log.drop(columns=Columns.RATING).to_numpy().tolist() == [["u1", "007", 3], ["NA", "7", 1], ["u1", "7", 2]]
+    assert log[Columns.RATING].tolist() == [4.5, 2, 5]
+    assert items.to_numpy().tolist() == [["007", 'The "Best" of Amélie 🎬', "a|b"], ["7", "two lines, one title", ""]]
+    first = 2 if "sv" in suffix else 1  # the header is a row
+    assert log.index.tolist() == [first, first + 1, first + 2]
+    assert not tables.dropped
+
+
+def test_numbers_dates_and_lists_of_json_and_parquet(table):
+    """Ids of any type become their text; null is a missing category."""
+    for suffix in ("jsonl", "parquet"):
+        rows = [[9, 10, 1.5e9, 3], [7, 11, 1.6e9, 4]]
+        tables = table(f"log.{suffix}", f"items.{suffix}", rows, [[10, "x", ["a", "b"]], [11, "y", None]]).load()
+        assert tables.interactions.to_numpy().tolist() == [["9", "10", 1.5e9, 3], ["7", "11", 1.6e9, 4]]
+        assert tables.items[Columns.CATEGORY].tolist() == ["a|b", ""]
+    dates = pd.to_datetime(["2024-01-02", "2024-01-01"])
+    source = table("log.parquet", rows=[["u", "7", date, 1] for date in dates])
+    assert source.load().interactions[Columns.TIME].tolist() == [1704153600000000, 1704067200000000]
+
+
+def test_parquet_of_a_categorical(table, tmp_path):
+    source = table("log.parquet")
+    frame = pd.DataFrame(LOG, columns=LOG_NAMES).astype({"user_id": "category", "item_id": "category"})
+    frame.to_parquet(tmp_path / "log.parquet")
+    assert source.load().interactions[Columns.ITEM].tolist() == ["007", "7", "7"]
+
+
+def test_titles_may_be_the_ids(table):
+    tables = table(rows=[["u", "Heat", "1", "2"]], item_rows=[["Heat", "?", ""]], title="item_id").load()
+    assert tables.items[Columns.TITLE].tolist() == ["Heat"]
+
+
+def test_many_rows_are_encoded_piece_by_piece(table, monkeypatch):
+    """The pieces meet different ids and kinds of numbers; the result is that of the csv module."""
+    monkeypatch.setattr(files, "_ROWS", 7)
+    monkeypatch.setattr("recsys.data.sources.reading._ROWS", 10)
+    monkeypatch.setattr("recsys.data.sources.tables._SLICE", 9)
+    rng = np.random.default_rng(0)
+    rows = [[f"u{rng.integers(20)}", str(rng.integers(2)), str(i + 0.5 * (i > 40)), "1"] for i in range(71)]
+    for suffix in ("csv", "jsonl", "parquet"):
+        source = table(f"log.{suffix}", rows=rows, item_rows=[["0", "x", ""], ["1", "x", ""]])
+        log = source.load().interactions
+        assert log[Columns.USER].tolist() == [row[0] for row in rows]
+        assert log[Columns.ITEM].tolist() == [row[1] for row in rows]
+        assert log[Columns.TIME].tolist() == [float(row[2]) for row in rows]
+        assert Catalog(["1", "0"], ["x", "x"]).index_of(log[Columns.ITEM]).tolist() == [1 - int(r[1]) for r in rows]
+        assert isinstance(log[Columns.USER].dtype, pd.CategoricalDtype)
+
+
+def test_dates_in_pieces(table, monkeypatch):
+    monkeypatch.setattr("recsys.data.sources.tables._SLICE", 2)
+    dates = ["2024-01-01", "2024-01-01 00:00:01", "2024-01-01T00:00:02.000003", "1969-12-31T23:59:59Z"]
+    time = table(rows=[["u", "7", date, "1"] for date in dates]).load().interactions[Columns.TIME]
+    assert time.tolist() == [1704067200000000, 1704067201000000, 1704067202000003, -1000000]
+
+
+# ------------------------------------------------------------------------------------------------ faults
+
+
+def test_unreadable_rating(table):
+    fails(table(rows=[*LOG, ["u", "7", "1", "good"]]), "log.csv, row 5", "rating 'good'", "1 such rows")
+
+
+def test_rows_of_json_and_parquet_count_from_one(table):
+    for suffix in ("jsonl", "parquet"):
+        fails(table(f"log.{suffix}", rows=[*LOG, ["u", "x", "1", "1"]]), f"log.{suffix}, row 4", "'x'")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('{"item_id": 1, "title": "x"}\n{"item_id": 2, "title"\n', "line 2 is not JSON"),
+        ('[{"item_id": 1, "title": "x"}]\n', "line 1 is not a JSON object; write one object on each line"),
+        ('{"item_id": 1}\n', "column 'title' is missing; the file has 'item_id'"),
+        ("", "column 'item_id' is missing"),
+        ('\n{"item_id": 1, "title": "x"}\n\n{"item_id": 2}\n', "row 2: item id '2' has no title"),
+        ('{"item_id": 1, "title": "x"}\n{"title": "y"}\n', "row 2: item id nan is empty"),
+    ],
+)
+def test_malformed_json_lines(table, tmp_path, text, problem):
+    source = table(items="items.jsonl", category=None)
+    (tmp_path / "items.jsonl").write_text(text)
+    fails(source, "items.jsonl", problem)
+
+
+def test_half_a_surrogate_pair_is_replaced(table, tmp_path):
+    source = table(items="items.jsonl", rows=[["u", "1", "1", "1"]], category=None)
+    (tmp_path / "items.jsonl").write_text('{"item_id": 1, "title": "a\\ud83d"}\n')
+    assert source.load().items[Columns.TITLE].tolist() == ["a?"]
+
+
+def test_malformed_parquet(table, tmp_path):
+    source = table("log.parquet")
+    (tmp_path / "log.parquet").write_bytes(b"PAR1 nothing PAR1")
+    fails(source, "log.parquet", "not readable as a table")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_columns_that_are_missing(table, suffix):
+    fails(table(f"log.{suffix}", time="when"), f"log.{suffix}", "'when' is missing", "'timestamp'")
+
+
+def test_a_fault_deep_in_the_file_is_one_clear_error(table, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_ROWS", 2)
+    source = table()
+    with (tmp_path / "log.csv").open("a") as file:
+        file.write("u,7,1,2,too many\n")
+    fails(source, "log.csv", "not readable as a table", "line 5")
+    (tmp_path / "log.csv").write_text("user_id,item_id,timestamp,stars\n" + "u,7,1,2\n" * 5)
+    assert len(source.load().interactions) == 5  # nothing of the failed conversion is left
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_file_without_rows(table, tmp_path, suffix):
+    source = table(f"log.{suffix}")
+    (tmp_path / "log.csv").write_text(",".join(LOG_NAMES) + "\n")
+    pq.write_table(pa.table({name: pa.array([], pa.string()) for name in LOG_NAMES}), tmp_path / "log.parquet")
+    fails(source, f"log.{suffix}", "has no rows")
+
+
+# ------------------------------------------------------------------------------------------------- cache
+
+
+def test_the_second_start_reads_the_cache(table, monkeypatch):
+    source = table()
+    first = source.load()
+    monkeypatch.setattr(files.DataFile, "tables", None)
+    second = source.load()
+    pd.testing.assert_frame_equal(first.interactions, second.interactions)
+    pd.testing.assert_frame_equal(first.items, second.items)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_a_changed_file_is_read_again(table, tmp_path, suffix):
+    """Also when its size stays the same."""
+    source = table(f"log.{suffix}")
+    source.load()
+    path = tmp_path / f"log.{suffix}"
+    before = path.stat()
+    dump(path, LOG_NAMES, [[user.replace("1", "2"), *row] for user, *row in LOG])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert path.stat().st_size == before.st_size
+    assert source.load().interactions[Columns.USER].tolist() == ["u2", "NA", "u2"]
+
+
+def test_other_columns_of_the_same_file(table, tmp_path):
+    table().load()
+    assert table(time="stars", rating=None).load().interactions[Columns.TIME].tolist() == [4.5, 2, 5]
+
+
+def test_a_cache_that_cannot_be_written(table, tmp_path):
+    (tmp_path / "file").write_text("")
+    fails(table(cache_dir=str(tmp_path / "file" / "cache")), "items.csv", "cache", "cache_dir")
+
+
+def test_names_that_look_like_patterns(table):
+    assert len(table("log[1]*.csv").load().interactions) == 3
+
+
+def test_small_files_show_no_progress_bar(table, capfd):
+    table().load()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_datasets_is_imported_only_to_read_a_file():
+    """Its import takes most of a second, which `recsys --help` should not pay."""
+    for path in Path(files.__file__).parent.glob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None)]
+            assert path.name == "cache.py" or not {"datasets", "recsys.data.sources.cache"} & set(names)
+
+
+# --------------------------------------------------------------------------------------------------- hub
+
+
+def test_hub_reads_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "set").mkdir()
+    dump(tmp_path / "set" / "train.jsonl", LOG_NAMES, [[1, "a", 3, 4.5], [2, "b", 1, 2]])
+    (tmp_path / "titles").mkdir()
+    dump(tmp_path / "titles" / "test.csv", ITEM_NAMES, [["a", "Alien", "x"], ["b", "Brazil", "y"]])
+    arguments = {"items_split": "test", "category": "genre", "cache_dir": str(tmp_path / "cache")}
+    tables = Hub(str(tmp_path / "set"), str(tmp_path / "titles"), **arguments).load()
+    assert tables.interactions.to_numpy().tolist() == [["1", "a", 3], ["2", "b", 1]]
+    assert tables.interactions.index.tolist() == [0, 1]
+    assert tables.items.to_numpy().tolist() == [["a", "Alien", "x"], ["b", "Brazil", "y"]]
+    missing = Hub(str(tmp_path / "set"), str(tmp_path / "titles"), items_split="test", rating="score")
+    missing.cache_dir = str(tmp_path / "cache")
+    fails(missing, "set", "'score' is missing", "'stars'")
+
+
+def test_hub_names_what_cannot_be_loaded(tmp_path):
+    fails(Hub(str(tmp_path / "nothing"), str(tmp_path / "nothing")), "nothing", "cannot be loaded")
