@@ -124,3 +124,9 @@ def test_the_data_module_reports_what_was_dropped(monkeypatch):
     module.load()
     assert printed[0].endswith(", dropped_rows_below_min_rating 6")
     assert module.user_ids[module.histories.users[-1]] == "3"
+
+
+def test_a_missing_rating_is_allowed_and_below_every_minimum():
+    found = tables([["u", "a", 1, "3"], ["u", "b", 2, ""], ["u", "c", 3, None]])
+    assert found.interactions["rating"].fillna(-1).tolist() == [3, -1, -1]
+    assert len(found.filtered(Filters(min_rating=1)).interactions) == 1

@@ -115,7 +115,8 @@ class HistoryDataModule(LightningDataModule):
             return
         tables = self.source.load()
         self.catalog = Catalog(tables.items[Columns.ITEM].tolist(), tables.items[Columns.TITLE].tolist())
-        user, self.user_ids = pd.factorize(tables.interactions[Columns.USER])
+        user, user_ids = pd.factorize(tables.interactions[Columns.USER])
+        self.user_ids = user_ids.astype(object)
         item = self.catalog.index_of(tables.interactions[Columns.ITEM])
         self.dropped = tables.dropped
         entry, self.entries = write_entries(self.prompt, tables, item)

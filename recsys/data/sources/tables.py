@@ -32,7 +32,7 @@ class Filters:
     Args:
         k_core: Drop users and items with fewer interactions than this, again and again until none is left; 0 keeps
             all, also items that nobody chose.
-        min_rating: Keep interactions with at least this rating; null keeps all.
+        min_rating: Keep interactions with at least this rating, so none without one; null keeps all.
         start: Keep interactions at this time or later: a number in the unit of the data, or an ISO 8601 date (UTC)
             where the data has dates or Unix time; its unit, seconds to nanoseconds, is told by its size.
         end: Keep interactions before this time, written as ``start``.
@@ -65,7 +65,7 @@ class Tables:
     Args:
         interactions: Columns user, item, time and perhaps rating, in file order. User and item are strings and become
             categorical. Time is a number in any unit or ISO 8601 text; only its order matters, and it becomes a number
-            (a date: microseconds). A rating becomes a number.
+            (a date: microseconds). A rating becomes a number, NaN where it is empty.
         items: Columns item (string, unique), title and perhaps category (several are joined by ``|``; none is ``""``).
             Runs of whitespace in a title or a category become one space.
         interactions_from: What messages call the interactions, usually the file's path.
@@ -108,7 +108,7 @@ class Tables:
         _reject(self.interactions_from, numbers[Columns.TIME].isna(), "time", log[Columns.TIME], unreadable)
         if Columns.RATING in log:
             numbers[Columns.RATING] = to_numbers(log[Columns.RATING], dates=False).astype(float)
-            bad = numbers[Columns.RATING].isna()
+            bad = numbers[Columns.RATING].isna() & ~is_missing(log[Columns.RATING])
             _reject(self.interactions_from, bad, "rating", log[Columns.RATING], "is not a number; correct it")
         self.interactions = log.assign(**{Columns.USER: users, Columns.ITEM: items}, **numbers)
 
@@ -127,7 +127,7 @@ class Tables:
         if filters.min_rating is not None:
             if Columns.RATING not in log:
                 raise UserError(f"filters.min_rating is set, but {self.interactions_from} is read without ratings")
-            low = log[Columns.RATING] < filters.min_rating
+            low = ~(log[Columns.RATING] >= filters.min_rating)  # one without a rating as well
             log, dropped["rows_below_min_rating"] = log[~low], int(low.sum())
         if filters.start is not None or filters.end is not None:
             time = log[Columns.TIME]
