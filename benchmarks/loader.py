@@ -1,0 +1,48 @@
+"""What the data costs: seconds to prepare it, and tokens per second of the loader alone.
+
+    python benchmarks/loader.py --data configs/data/movielens100k.yaml
+
+The loader's rate is to be compared with ``train/tokens_per_second`` of a run: a loader that is many times faster never
+keeps the model waiting. Padding counts as no token.
+"""
+
+from __future__ import annotations
+
+import jsonargparse
+from measure import timed
+from torch.utils.data import DataLoader
+
+from recsys.data import HistoryDataModule
+from recsys.policy import LLMPolicy
+from recsys.types import Batch
+
+
+def tokens_of(loader: DataLoader[Batch]) -> tuple[int, int]:
+    """Go through a loader; returns its tokens, without and with padding."""
+    batches = [(int(batch.length.sum()), batch.tokens.numel()) for batch in loader]
+    return sum(real for real, _ in batches), sum(padded for _, padded in batches)
+
+
+def main(data: HistoryDataModule, rows: int) -> None:
+    """Prepare the data and go through ``rows`` rows."""
+    data.rows_per_epoch = rows
+    tokenizer = LLMPolicy().tokenizer
+    loading, _ = timed(data.load)
+    tokenizing, _ = timed(data.tokenize, tokenizer)
+    print(f"{len(data.catalog)} items, {len(data.histories.items)} interactions")
+    print(f"load {loading:.2f} s, tokenise {tokenizing:.2f} s")
+    drawn = data.train_rows(0)
+    loader = data.batches(drawn, data.batch_size, [data.seed, 0])
+    seconds, (real, padded) = timed(tokens_of, loader)
+    print(
+        f"{len(drawn)} rows in batches of {data.batch_size}, {data.num_workers} workers: {real / seconds:,.0f} tokens "
+        f"per second, {1 - real / padded:.2%} padding"
+    )
+
+
+if __name__ == "__main__":
+    parser = jsonargparse.ArgumentParser()
+    parser.add_class_arguments(HistoryDataModule, "data", sub_configs=True)
+    parser.add_argument("--rows", type=int, default=20_000, help="Rows of policy optimisation to go through.")
+    arguments = parser.instantiate(parser.parse_args())
+    main(arguments.data, arguments.rows)
