@@ -7,7 +7,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from recsys.data import HistoryDataModule, PromptTemplate, Table
 
 
 @pytest.fixture
@@ -60,3 +63,19 @@ def test_metrics(benchmark_main, capsys: pytest.CaptureFixture[str]):
     assert out.count(": agrees with") == 3
     assert "DIFFERS" not in out
     assert out.splitlines()[-1].endswith("value 0.000000")
+
+
+def test_baselines(benchmark_main, tables: dict[str, str], capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("rectools", reason="needs an environment of its own, see benchmarks/baselines.py")
+    data = HistoryDataModule(Table(**tables), PromptTemplate())
+    benchmark_main("baselines")(data, seeds=(0, 1), epochs=(1, 2), history=6)
+    lines = [[cell.strip() for cell in line.split("|")] for line in capsys.readouterr().out.splitlines() if line]
+    models = [line for line in lines if line[1] in ("popularity", "item-kNN", "SASRec")]
+    assert [line[2] for line in models] == ["1", "1", "2"] * 2  # seeds; of validation, then of test
+    assert {line[6] for line in models} == {"1.0000"}  # R@20 of 20 items
+    h = data.histories
+    events = np.unique(np.concatenate([np.arange(h.user_start[row], row + 1) for row in h.train]))
+    counts = np.bincount(h.items[events], minlength=len(data.catalog))
+    own = counts[h.items[h.test]][:, None]
+    recall = ((10 - (counts > own).sum(1)) / (counts == own).sum(1)).clip(0, 1).mean()  # ties share their places
+    assert models[3][5].split()[0] == f"{recall:.4f}"

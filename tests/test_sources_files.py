@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from recsys.data import Catalog, Columns, Hub, Table
+from recsys.data import Catalog, Columns, Filters, Hub, Table
 from recsys.data.sources import files
 from recsys.types import UserError
 
@@ -76,9 +76,10 @@ def test_numbers_dates_and_lists_of_json_and_parquet(table):
         tables = table(f"log.{suffix}", f"items.{suffix}", rows, [[10, "x", ["a", "b"]], [11, "y", None]]).load()
         assert tables.interactions.to_numpy().tolist() == [["9", "10", 1.5e9, 3], ["7", "11", 1.6e9, 4]]
         assert tables.items[Columns.CATEGORY].tolist() == ["a|b", ""]
-    dates = pd.to_datetime(["2024-01-02", "2024-01-01"])
-    source = table("log.parquet", rows=[["u", "7", date, 1] for date in dates])
-    assert source.load().interactions[Columns.TIME].tolist() == [1704153600000000, 1704067200000000]
+    for unit in ("s", "ns"):
+        dates = np.array(["2024-01-02", "2024-01-01"], f"datetime64[{unit}]")
+        source = table("log.parquet", rows=[["u", "7", date, 1] for date in dates])
+        assert source.load().interactions[Columns.TIME].tolist() == [1704153600000000, 1704067200000000]
 
 
 def test_parquet_of_a_categorical(table, tmp_path):
@@ -112,7 +113,7 @@ def test_many_rows_are_encoded_piece_by_piece(table, monkeypatch):
 
 def test_dates_in_pieces(table, monkeypatch):
     monkeypatch.setattr("recsys.data.sources.tables._SLICE", 2)
-    dates = ["2024-01-01", "2024-01-01 00:00:01", "2024-01-01T00:00:02.000003", "1969-12-31T23:59:59Z"]
+    dates = ["2024-01-01", "2024-01-01 00:00:01", "2024-01-01T00:00:02.000003999", "1969-12-31T23:59:59Z"]
     time = table(rows=[["u", "7", date, "1"] for date in dates]).load().interactions[Columns.TIME]
     assert time.tolist() == [1704067200000000, 1704067201000000, 1704067202000003, -1000000]
 
@@ -122,6 +123,13 @@ def test_dates_in_pieces(table, monkeypatch):
 
 def test_unreadable_rating(table):
     fails(table(rows=[*LOG, ["u", "7", "1", "good"]]), "log.csv, row 5", "rating 'good'", "1 such rows")
+    fails(table(rows=[["u", "7", "1", "2024-01-01"]]), "log.csv, row 2", "rating '2024-01-01' is not a number")
+
+
+def test_filters_that_need_ratings_are_refused_at_once():
+    for source in (Table, Hub):
+        with pytest.raises(UserError, match="`rating`"):
+            source("log.csv", "items.csv", filters=Filters(min_rating=3))
 
 
 def test_rows_of_json_and_parquet_count_from_one(table):
@@ -150,6 +158,15 @@ def test_half_a_surrogate_pair_is_replaced(table, tmp_path):
     source = table(items="items.jsonl", rows=[["u", "1", "1", "1"]], category=None)
     (tmp_path / "items.jsonl").write_text('{"item_id": 1, "title": "a\\ud83d"}\n')
     assert source.load().items[Columns.TITLE].tolist() == ["a?"]
+
+
+@pytest.mark.parametrize("suffix", ["csv.gz", "jsonl.gz"])
+def test_damaged_gzip(table, tmp_path, suffix):
+    source = table(f"log.{suffix}")
+    whole = bytearray((tmp_path / f"log.{suffix}").read_bytes())
+    whole[25:40] = bytes(15)
+    (tmp_path / f"log.{suffix}").write_bytes(whole)
+    fails(source, f"log.{suffix}", "not readable as a table")
 
 
 def test_malformed_parquet(table, tmp_path):
@@ -194,21 +211,23 @@ def test_the_second_start_reads_the_cache(table, monkeypatch):
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
-def test_a_changed_file_is_read_again(table, tmp_path, suffix):
-    """Also when its size stays the same."""
+@pytest.mark.parametrize(("user", "nanoseconds"), [("v1", 1), ("longer", 0)])
+def test_a_changed_file_is_read_again(table, tmp_path, suffix, user, nanoseconds):
+    """When its size changed or, with the same size, its time."""
     source = table(f"log.{suffix}")
     source.load()
     path = tmp_path / f"log.{suffix}"
     before = path.stat()
-    dump(path, LOG_NAMES, [[user.replace("1", "2"), *row] for user, *row in LOG])
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
-    assert path.stat().st_size == before.st_size
-    assert source.load().interactions[Columns.USER].tolist() == ["u2", "NA", "u2"]
+    dump(path, LOG_NAMES, [[user, *row] for _, *row in LOG])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + nanoseconds))
+    assert source.load().interactions[Columns.USER].tolist() == [user] * 3
 
 
-def test_other_columns_of_the_same_file(table, tmp_path):
-    table().load()
-    assert table(time="stars", rating=None).load().interactions[Columns.TIME].tolist() == [4.5, 2, 5]
+def test_other_columns_of_the_same_file(table):
+    source = table(rating=None)
+    source.load()
+    other = Table(source.interactions, source.items, rating="stars", cache_dir=source.cache_dir)
+    assert other.load().interactions[Columns.RATING].tolist() == [4.5, 2, 5]
 
 
 def test_a_cache_that_cannot_be_written(table, tmp_path):

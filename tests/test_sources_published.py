@@ -103,6 +103,7 @@ META_2018 = [
     {"asin": "B1", "title": "Nuts &amp; Bolts, 3&#39;\n long", "category": ["Tools &amp; Home", "Nuts"], "price": "$1"},
     {"asin": "B1", "title": "Repeated", "category": []},
     {"asin": "B2", "title": "", "category": []},
+    {"title": "Without an id", "category": []},
     {"asin": "B3", "category": []},
     {"asin": "B4", "title": "var aPageStart = (new Date()).getTime();", "category": []},
     {"asin": "B5", "title": '<span class="a-size-medium">Foo</span>', "category": []},
@@ -140,7 +141,7 @@ def test_amazon_2018(tmp_path):
         ["B8", "Cable <3 m, A > B", ""],
     ]
     assert tables.dropped == {
-        "items_without_id": 0,
+        "items_without_id": 1,
         "items_repeated": 1,
         "items_without_title": 2,
         "items_with_markup": 2,
@@ -152,6 +153,29 @@ def test_amazon_2018(tmp_path):
     filtered = amazon(tmp_path, *paths, filters=Filters(min_rating=2)).load()
     assert filtered.dropped["rows_duplicate"] == 1
     assert filtered.dropped["rows_below_min_rating"] == 2
+
+
+@pytest.mark.parametrize(
+    ("title", "usable"),
+    [
+        ("var obj = 1;", False),
+        ("(new Date()).getTime()", False),
+        ("<span", False),
+        ("cut <img src=", False),
+        ("&lt;b>Bold&lt;/b>", False),
+        ("<br />", False),
+        ("Variety pack <3", True),
+        ("Size <b", True),
+        ("Grove variance", True),
+    ],
+)
+def test_titles_that_are_markup(tmp_path, title, usable):
+    metadata = [{"asin": name, "title": text, "category": []} for name, text in (("B1", title), ("B2", "Bolt"))]
+    log = [review_2018("u", name, 1, 1) for name in ("B1", "B2")]
+    paths = write_json(tmp_path / "log.json", log), write_json(tmp_path / "meta.json", metadata)
+    tables = amazon(tmp_path, *paths).load()
+    assert tables.dropped["items_with_markup"] == (not usable)
+    assert len(tables.items) == 1 + usable
 
 
 def test_amazon_2023(tmp_path):

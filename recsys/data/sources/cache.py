@@ -24,14 +24,12 @@ class FileConfig(datasets.BuilderConfig):
 
     Args:
         path: Absolute path of the file.
-        form: How it is written.
         columns: The columns converted.
         size: Bytes of the file.
         changed: When it was last changed, in nanoseconds.
     """
 
     path: str = ""
-    form: str = ""
     columns: str = ""
     size: int = 0
     changed: int = 0
@@ -55,7 +53,6 @@ class FileBuilder(datasets.ArrowBasedBuilder):
         super().__init__(
             cache_dir=cache_dir,
             path=str(file.path.absolute()),
-            form=str(file.form),
             columns=str(columns),
             size=stat.st_size,
             changed=stat.st_mtime_ns,

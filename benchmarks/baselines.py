@@ -1,0 +1,180 @@
+"""Popularity, item-kNN and SASRec of RecTools on the rows, with the ranking and by the metrics of this project.
+
+RecTools needs an older numpy than `constraints.txt` names, so it gets an environment of its own:
+
+    python -m venv ~/baselines && ~/baselines/bin/pip install -e ".[baselines]"
+    ~/baselines/bin/python benchmarks/baselines.py --data configs/data/movielens100k.yaml
+    ~/baselines/bin/python benchmarks/baselines.py --data mydata.yaml --data.val_rows null --data.test_rows null
+
+Prints a Markdown table for the validation and one for the test rows, as means over seeds and rows with intervals from a
+bootstrap that resamples both.
+
+* Models learn from the events of the train rows alone: histories and targets. SASRec learns from the windows that also
+  supervised fine-tuning goes through, so that long histories count whole. Its epochs are chosen for each seed by
+  Recall@10 on the validation rows, as checkpoints are.
+* A row is evaluated on all earlier events of its user, those after the training time too, as prompts are; SASRec reads
+  the newest of them. Every item of the catalogue is ranked. Items without a score, as the model does not know them,
+  share the last place. A row that gets no scores, as all of its history is unknown, is ranked by popularity.
+* "filtered" ranks without the items that the user has seen.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+import warnings
+
+import jsonargparse
+import numpy as np
+import pandas as pd
+import torch
+from compare import interval
+from implicit.nearest_neighbours import CosineRecommender
+from lightning.pytorch import seed_everything
+from rectools import Columns
+from rectools.dataset import Dataset, IdMap, Interactions
+from rectools.models import ImplicitItemKNNWrapperModel, PopularModel, SASRecModel
+from rectools.models.base import ModelBase
+
+from recsys.data import HistoryDataModule
+from recsys.functional import ndcg_at_k, recall_at_k, window_around, windowed_partial_auc
+
+CHUNK = 500  # rows that are ranked at a time
+PARTS = {"val": "validation", "test": "test"}
+SHOWN_WITH_INTERVAL = ("R@10", "WPAUC(10±5)")
+SASREC = {"n_blocks": 2, "n_heads": 2, "n_factors": 64, "dropout_rate": 0.2, "lr": 1e-3, "batch_size": 64}
+
+
+def main(
+    data: HistoryDataModule,
+    seeds: tuple[int, ...] = (0, 1, 2),
+    epochs: tuple[int, ...] = (5, 10, 20, 40, 60),
+    history: int = 50,
+) -> None:
+    """Train and evaluate the models and print the tables.
+
+    Args:
+        data: The data module; a file of `configs/data/` or one like it.
+        seeds: Seeds of SASRec. The other models do not depend on chance.
+        epochs: Lengths of SASRec's training among which validation chooses.
+        history: Most events that SASRec reads.
+    """
+    warnings.filterwarnings("ignore", module="pytorch_lightning|rectools|pydantic|torch")
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    data.load()
+    whole = train_sessions(data, len(data.histories.items))
+    popular = PopularModel(popularity="n_interactions").fit(whole)
+    neighbours = ImplicitItemKNNWrapperModel(CosineRecommender(K=100)).fit(whole)
+    windows = train_sessions(data, history)
+    values = {
+        "popularity": [{part: evaluate(popular, popular, data, part) for part in PARTS}],
+        "item-kNN": [{part: evaluate(neighbours, popular, data, part) for part in PARTS}],
+        "SASRec": [sasrec(seed, windows, epochs, history, popular, data) for seed in seeds],
+    }
+    for part, name in PARTS.items():
+        print(
+            table(
+                f"{name}, {len(data.evaluation_rows(part)):,} rows", {m: [v[part] for v in values[m]] for m in values}
+            )
+        )
+
+
+def sessions(data: HistoryDataModule, rows: np.ndarray, start: np.ndarray, end: np.ndarray) -> Dataset:
+    """Make a user of each row, whose events are those of the row's user from ``start`` to before ``end``.
+
+    Args:
+        data: Loaded data module.
+        rows: [R] event indices, the ids of the users.
+        start: [R] event indices.
+        end: [R] event indices.
+    """
+    counts = end - start
+    event = np.arange(counts.sum()) + np.repeat(end - np.cumsum(counts), counts)
+    events = pd.DataFrame(
+        {
+            Columns.User: np.repeat(rows, counts),
+            Columns.Item: data.histories.items[event],
+            Columns.Weight: 1.0,
+            Columns.Datetime: event,  # only the order counts, and no two are equal
+        }
+    )
+    users, items = IdMap.from_values(rows), IdMap.from_values(np.arange(len(data.catalog)))
+    return Dataset(users, items, Interactions.from_raw(events, users, items))
+
+
+def train_sessions(data: HistoryDataModule, history: int) -> Dataset:
+    """Make a user of each window of at most ``history`` events and a target, which the train rows hold."""
+    rows = data.histories.windows(history)
+    return sessions(data, rows, data.histories.history_start(rows, history), rows + 1)
+
+
+def sasrec(
+    seed: int, windows: Dataset, epochs: tuple[int, ...], history: int, popular: ModelBase, data: HistoryDataModule
+) -> dict[str, pd.DataFrame]:
+    """Return the metrics of each part's rows after the epochs that are best on validation."""
+    seed_everything(seed, verbose=False)
+    model = SASRecModel(session_max_len=history, **SASREC)
+    best: dict[str, pd.DataFrame] = {}
+    trained = 0
+    for epoch in sorted(epochs):
+        began = time.perf_counter()
+        model.fit_partial(windows, min_epochs=epoch - trained, max_epochs=epoch - trained)
+        trained = epoch
+        seconds = time.perf_counter() - began
+        val = evaluate(model, popular, data, "val")
+        recall = val["R@10"].mean()
+        print(f"SASRec, seed {seed}, {epoch} epochs: R@10 {recall:.4f}, {seconds:.0f} s", file=sys.stderr, flush=True)
+        if not best or recall > best["val"]["R@10"].mean():
+            best = {"val": val, "test": evaluate(model, popular, data, "test")}
+    return best
+
+
+def evaluate(model: ModelBase, popular: ModelBase, data: HistoryDataModule, part: str) -> pd.DataFrame:
+    """Return each metric of the rows of one part, [R, metrics]."""
+    every = data.evaluation_rows(part)
+    frames = []
+    for rows in np.split(every, range(CHUNK, len(every), CHUNK)):
+        scores = torch.from_numpy(score(model, popular, data, rows))
+        items = np.broadcast_to(np.arange(len(data.catalog)), scores.shape)
+        relevance = torch.from_numpy(items == data.histories.items[rows][:, None])
+        seen = torch.from_numpy(data.histories.seen(rows, items))
+        alpha, d = window_around(10, 5, len(data.catalog) - 1)
+        metrics = {f"R@{k}": recall_at_k(scores, relevance, k) for k in (1, 5, 10, 20)}
+        metrics["NDCG@10"] = ndcg_at_k(scores, relevance, 10)
+        metrics["WPAUC(10±5)"] = windowed_partial_auc(scores, relevance, alpha, d)
+        metrics["filtered R@10"] = recall_at_k(scores.masked_fill(seen & ~relevance, -torch.inf), relevance, 10)
+        frames.append(pd.DataFrame(metrics))
+    return pd.concat(frames)
+
+
+def score(model: ModelBase, popular: ModelBase, data: HistoryDataModule, rows: np.ndarray) -> np.ndarray:
+    """Return the score of each item after each row's history, [R, M] float64."""
+    histories = sessions(data, rows, data.histories.user_start[rows], rows)
+    found = model.recommend(
+        rows, histories, len(data.catalog), filter_viewed=False, add_rank_col=False, on_unsupported_targets="ignore"
+    )
+    scores = np.full((len(rows), len(data.catalog)), np.nan)
+    scores[pd.Index(rows).get_indexer(found[Columns.User]), found[Columns.Item]] = found[Columns.Score]
+    lost = np.isnan(scores).all(1)
+    if lost.any():
+        scores[lost] = score(popular, popular, data, rows[lost])
+    return np.where(np.isnan(scores), np.nanmin(scores) - 1, scores)
+
+
+def table(title: str, values: dict[str, list[pd.DataFrame]]) -> str:
+    """Return the means over seeds and rows of each model, and the 95 % intervals of some."""
+    metrics = next(iter(values.values()))[0].columns
+    lines = [f"| {title} | seeds | {' | '.join(metrics)} |", "|---" * (len(metrics) + 2) + "|"]
+    for name, frames in values.items():
+        every = np.stack([frame.to_numpy() for frame in frames])  # [S, R, metrics]
+        cells = [
+            f"{mean:.4f} [{low:.4f}, {high:.4f}]" if metric in SHOWN_WITH_INTERVAL else f"{mean:.4f}"
+            for metric, mean, low, high in zip(metrics, every.mean((0, 1)), *interval(every), strict=True)
+        ]
+        lines.append(f"| {name} | {len(frames)} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    jsonargparse.auto_cli(main, as_positional=False)
