@@ -146,6 +146,7 @@ def test_load_needs_no_tokenizer_and_happens_once(monkeypatch):
     module.load()
     assert len(module.catalog) == 9
     assert module.user_ids[module.histories.users[0]] == "u0"
+    assert module.user_ids.dtype == object  # a categorical would put all users into every file of results
     assert module.histories.describe()["interactions"] == 240
 
 
