@@ -23,8 +23,13 @@ def tokens_of(loader: DataLoader[Batch]) -> tuple[int, int]:
     return sum(real for real, _ in batches), sum(padded for _, padded in batches)
 
 
-def main(data: HistoryDataModule, rows: int) -> None:
-    """Prepare the data and go through ``rows`` rows."""
+def main(data: HistoryDataModule, rows: int = 20_000) -> None:
+    """Prepare the data and go through the rows of an epoch.
+
+    Args:
+        data: The data module; a file of `configs/data/` or one like it.
+        rows: Rows of policy optimisation to go through.
+    """
     data.rows_per_epoch = rows
     tokenizer = LLMPolicy().tokenizer
     loading, _ = timed(data.load)
@@ -41,8 +46,4 @@ def main(data: HistoryDataModule, rows: int) -> None:
 
 
 if __name__ == "__main__":
-    parser = jsonargparse.ArgumentParser()
-    parser.add_class_arguments(HistoryDataModule, "data", sub_configs=True)
-    parser.add_argument("--rows", type=int, default=20_000, help="Rows of policy optimisation to go through.")
-    arguments = parser.instantiate(parser.parse_args())
-    main(arguments.data, arguments.rows)
+    jsonargparse.auto_cli(main, as_positional=False)

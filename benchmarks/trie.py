@@ -83,10 +83,7 @@ def prefix_dictionary(sequences: list[list[int]]) -> dict[tuple[int, ...], list[
 
 def lookup(trie: Trie, node: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return what :meth:`TreeEngine.child_logprobs` does, from given ``logprobs [R, V]`` of the vocabulary."""
-    degree = trie.degree(node).long()
-    row = torch.repeat_interleave(degree)
-    start = trie.offsets[node].long() - (degree.cumsum(0) - degree)
-    child = start[row] + torch.arange(len(row), device=node.device)
+    child, row = trie.children(node)
     return logprobs[row, trie.tokens[child].long()], child, row
 
 

@@ -102,10 +102,7 @@ class TreeEngine:
         return self.trie.degree(node) > (1 if self.normalization == "trie" else 0)
 
     def child_logprobs(self, hidden: Tensor, node: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return log-probabilities of the children of R trie nodes.
-
-        The E children of all nodes stand in one flat list, node by node: a catalogue has nodes with thousands of
-        children, and nearly all others have one.
+        """Return log-probabilities of the children of R trie nodes, in the flat list of :meth:`Trie.children`.
 
         Args:
             hidden: ``[R, H]`` hidden states at the nodes.
@@ -114,10 +111,7 @@ class TreeEngine:
         Returns:
             ``[E]`` float32 log-probabilities, ``[E]`` child nodes, and ``[E]`` the row in ``node`` of each's parent.
         """
-        degree = self.trie.degree(node).long()
-        row = torch.repeat_interleave(degree)
-        start = self.trie.offsets[node].long() - (degree.cumsum(0) - degree)
-        child = start[row] + torch.arange(len(row), device=node.device)
+        child, row = self.trie.children(node)
         column = self.trie.tokens[child].long()
         # Float32 whatever the model computes in: bfloat16 rounds a logit of 20 to steps of 1/8.
         weight: Tensor = self.policy.head.weight
@@ -130,7 +124,7 @@ class TreeEngine:
         if len(node) <= rows:
             return self._logprobs(hidden, column, row, *head), child, row
         # The logits of a chunk are computed again in the backward pass: those of all rows would not fit into memory.
-        edges = [int(part.sum()) for part in degree.split(rows)]
+        edges = [int(part.sum()) for part in self.trie.degree(node).split(rows)]
         chunks = zip(hidden.split(rows), column.split(edges), (row % rows).split(edges), strict=True)
         parts = [checkpoint(self._logprobs, *chunk, *head, use_reentrant=False) for chunk in chunks]
         return torch.cat(parts), child, row

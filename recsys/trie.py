@@ -148,6 +148,22 @@ class Trie:
         node = node.long()
         return self.offsets[node + 1] - self.offsets[node]
 
+    def children(self, node: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the children of R nodes in one flat list, node by node.
+
+        A catalogue has nodes with thousands of children, and nearly all others have one: a padded table would be empty.
+
+        Args:
+            node: ``[R]`` nodes.
+
+        Returns:
+            ``[E]`` int64 children, and ``[E]`` the place in ``node`` of each's parent.
+        """
+        degree = self.degree(node).long()
+        row = torch.repeat_interleave(degree)
+        start = self.offsets[node].long() - (degree.cumsum(0) - degree)
+        return start[row] + torch.arange(len(row), device=node.device), row
+
     def depth(self, node: Tensor) -> Tensor:
         """Return the distance from the root of each node, same shape, int64."""
         return torch.searchsorted(self.levels, node.long(), right=True) - 1

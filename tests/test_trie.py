@@ -30,6 +30,13 @@ def test_against_a_dictionary_of_prefixes(seed: int) -> None:
     node_of = {prefix: node for node, prefix in prefix_of.items()}
     assert trie.parent(nodes).tolist() == [node_of[p[:-1]] if p else -1 for _, p in sorted(prefix_of.items())]
 
+    asked = torch.cat([nodes.flip(0), nodes[:2]])  # any order, leaves and repetitions too
+    children, row = trie.children(asked)
+    found = sorted((r, prefix_of[c]) for r, c in zip(row.tolist(), children.tolist(), strict=True))
+    below = {p: [q for q in prefixes if q and q[:-1] == p] for p in prefixes}
+    assert found == sorted((r, q) for r, node in enumerate(asked.tolist()) for q in below[prefix_of[node]])
+    assert row.tolist() == sorted(row.tolist())
+
     for node, prefix in prefix_of.items():
         end = prefix
         while len(below := [p for p in prefixes if len(p) == len(end) + 1 and p[: len(end)] == end]) == 1:
