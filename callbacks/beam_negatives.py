@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from recsys.functional import window_bounds
 from recsys.module import Recommender
-from recsys.objectives import GRPO, TAWin
+from recsys.objectives import GroupObjective, TAWin
 from recsys.search import beam_search
 from recsys.types import Batch, Groups, UserError
 
@@ -113,7 +113,7 @@ class BeamNegatives(Callback):
         row, items, behaviour, found = _gathered(trainer, parts)
         groups = Groups(row, items, behaviour, None)
         objective = module.objective_at(trainer.current_epoch)
-        if isinstance(objective, GRPO) and objective.kl_coef:
+        if isinstance(objective, GroupObjective) and objective.needs_reference:
             groups.reference = self._reference(trainer, module, groups)
         module.train()
 

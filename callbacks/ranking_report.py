@@ -24,7 +24,7 @@ from recsys.types import Batch
 
 @dataclass
 class Validation:
-    """One validation of the policy."""
+    """One validation (or test) of the policy."""
 
     phase: str
     step: int
@@ -42,6 +42,11 @@ class Validation:
         """Return the mean over users of the metric over a user's rows: active users count no more than others."""
         return float(pd.Series(self.values[metric]).groupby(self.user).mean().mean())
 
+    def user_means(self, part: str) -> dict[str, float]:
+        """Return the user means of the metrics of full lists, by the names that loggers get."""
+        plain = [name for name in self.metrics if not name.startswith("filtered_")]
+        return {f"{part}_user_mean/{name}": self.user_mean(name) for name in plain}
+
     @property
     def metrics(self) -> list[str]:
         """Names of the metrics."""
@@ -54,7 +59,8 @@ class RankingReport(Callback):
     TensorBoard gets the data card, the low end of the ROC curve with the window and the cut-offs, and a table of a few
     users' histories, targets and top items; every logger gets the means over users as ``val_user_mean/<metric>``.
     ``<log folder>/ranks/`` gets each row's rank and metrics as Parquet, for significance tests. When training ends, a
-    table compares start, warm start and end with paired bootstrap intervals.
+    table compares start, warm start and end with paired bootstrap intervals. A test gets the means over users
+    (``test_user_mean/<metric>``) and the ranks alone.
 
     Args:
         examples: Users in the text table.
@@ -97,6 +103,24 @@ class RankingReport(Callback):
         items = outputs["items"][:, : self.top]
         self._outputs.append({k: v.cpu() for k, v in {**outputs, "items": items}.items()})
 
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: Recommender) -> None:  # type: ignore[override]
+        """As for validation."""
+        self.on_validation_epoch_start(trainer, pl_module)
+
+    def on_test_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """As for validation."""
+        self.on_validation_batch_end(*args, **kwargs)
+
+    def on_test_end(self, trainer: Trainer, pl_module: Recommender) -> None:  # type: ignore[override]
+        """Log the means over users, and write ``ranks/test.parquet``."""
+        result = self._collect(trainer, pl_module)
+        del result.values["items"]
+        folder = Path(trainer.log_dir or trainer.default_root_dir) / "ranks"  # asks all processes
+        for logger in trainer.loggers:
+            logger.log_metrics(result.user_means("test"), result.step)
+        if trainer.is_global_zero:
+            _write_ranks(pl_module.data, result, folder / "test.parquet")
+
     def on_validation_end(self, trainer: Trainer, pl_module: Recommender) -> None:  # type: ignore[override]
         """Write figure, examples and ranks."""
         if trainer.sanity_checking and self.validations:
@@ -108,8 +132,7 @@ class RankingReport(Callback):
         folder = Path(trainer.log_dir or trainer.default_root_dir) / "ranks"  # asks all processes
         if not trainer.is_global_zero:
             return
-        plain = [name for name in result.metrics if not name.startswith("filtered_")]
-        logged = {f"val_user_mean/{name}": result.user_mean(name) for name in plain}
+        logged = result.user_means("val")
         if trainer.sanity_checking:  # Lightning does not log it
             logged |= {_tag(name): result.mean(name) for name in result.metrics}
         for logger in trainer.loggers:
@@ -241,6 +264,7 @@ def closing_table(validations: list[Validation], cutoffs: tuple[int, ...], resam
     last_of_phase = {v.phase: v for v in validations}
     shown = list(last_of_phase.values())
     names = [f"recall@{k}" for k in cutoffs] + [f"ndcg@{k}" for k in cutoffs] + ["wpauc"]
+    names = [n for n in names if all(n in v.values for v in shown)]  # a resumed run may have other cut-offs
     trained = {p: sum(v.train_seconds for v in validations if v.phase == p) for p in last_of_phase}
     validated = {p: sum(v.seconds for v in validations if v.phase == p) for p in last_of_phase}
     short = [name.replace("recall", "R").replace("ndcg", "N").upper() for name in names]

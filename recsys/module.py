@@ -15,16 +15,13 @@ from torchmetrics import MetricCollection
 from recsys.data import HistoryDataModule
 from recsys.functional import (
     expected_rank,
-    gate_open,
-    kl_divergence,
     ndcg_at_k,
-    policy_loss,
     recall_at_k,
     window_bounds,
     windowed_partial_auc,
 )
 from recsys.metrics import NDCG, WPAUC, Recall
-from recsys.objectives import GRPO, Objective, SupervisedFineTuning, TAWin
+from recsys.objectives import GroupObjective, Objective, ScoredGroups, SupervisedFineTuning
 from recsys.policy import Policy
 from recsys.search import Ranking, beam_search
 from recsys.tree import Normalization, TreeEngine
@@ -106,7 +103,7 @@ class Recommender(lightning.LightningModule):
         Raises:
             UserError: if the window or a cut-off does not fit the ranked list, or nothing finds negatives.
         """
-        if stage == "fit" and isinstance(self.objective, GRPO) and not self.finds_negatives:
+        if stage == "fit" and isinstance(self.objective, GroupObjective) and not self.finds_negatives:
             raise UserError(
                 f"{type(self.objective).__name__} needs negatives: add callbacks.BeamNegatives to trainer.callbacks"
             )
@@ -205,8 +202,8 @@ class Recommender(lightning.LightningModule):
             RuntimeError: if the loss is not finite; the batch is saved, and the message names its rows.
         """
         objective = self.objective_at(self.current_epoch)
-        if isinstance(objective, GRPO):
-            parts = self._policy_step(batch, objective)
+        if isinstance(objective, GroupObjective):
+            parts = self._group_step(batch, objective)
         else:
             scores, hidden = self.engine.forward(batch.tokens, batch.length, batch.target[:, None])
             titles = self.engine.history_logprobs(hidden, batch.history, batch.history_start)
@@ -222,30 +219,26 @@ class Recommender(lightning.LightningModule):
         self.log("train/token_rows", float(self.engine.token_rows))  # of this process, searches included
         return parts["loss"]
 
-    def _policy_step(self, batch: Batch, objective: GRPO) -> dict[str, Tensor]:
+    def _group_step(self, batch: Batch, objective: GroupObjective) -> dict[str, Tensor]:
         assert self.groups is not None  # setup made sure of the callback
         index = self.groups.find(batch.row)
-        items, behaviour = self.groups.items[index], self.groups.behaviour[index]
-        scores, _ = self.engine.forward(batch.tokens, batch.length, items)
-        relevance = torch.zeros_like(items, dtype=torch.bool)
-        relevance[:, 0] = True
-        window = (self.alpha, self.d, self.num_negatives)
-        advantages = objective.advantages(scores.detach(), relevance, *window)
-        policy = policy_loss(scores, behaviour, advantages, objective.clip).mean()
-        nll = -scores[:, 0].mean()
-        parts = {
-            "loss": policy + objective.nll_coef * nll,
-            "policy_loss": policy,
-            "nll": nll,
-            "no_signal": (advantages == 0).all(1).float().mean(),
-            "clipped": ((scores - behaviour).exp() - 1).abs().gt(objective.clip).float().mean(),
-        }
-        if self.groups.reference is not None:
-            parts["kl"] = kl_divergence(scores, self.groups.reference[index]).mean()
-            parts["loss"] = parts["loss"] + objective.kl_coef * parts["kl"]
-        if isinstance(objective, TAWin):
-            parts["gate_open"] = gate_open(scores.detach(), relevance, *window).float().mean()
-        return parts
+        trains = objective.trains(self.groups.behaviour[index])
+        rows = len(batch)
+        # One group at least goes through the model: a process without a backward pass would leave the others waiting.
+        weight = trains.float()
+        trains[0] |= ~trains.any()
+        batch, index, weight = batch[trains], index[trains], weight[trains]
+        scores, _ = self.engine.forward(batch.tokens, batch.length, self.groups.items[index])
+        reference = self.groups.reference
+        groups = ScoredGroups(
+            scores,
+            self.groups.behaviour[index],
+            None if reference is None else reference[index],
+            (self.alpha, self.d, self.num_negatives),
+        )
+        # Means over the whole batch, to which a group that is not trained adds nothing.
+        parts = {name: (weight * value).sum() / rows for name, value in objective.loss(groups).items()}
+        return {**parts, "groups": weight.sum() / rows}
 
     # ---- evaluation -------------------------------------------------------------------------------------------
 

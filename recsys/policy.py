@@ -243,7 +243,7 @@ class LLMPolicy(Policy):
 
 
 class TinyPolicy(Policy):
-    """A small Llama with random weights and a byte-level tokenizer, every weight trained: for tests and simulations.
+    """A small Llama with random weights, every weight trained: for tests and for experiments on a CPU.
 
     Args:
         hidden_size: H; a multiple of 16 times ``heads``.
@@ -251,13 +251,21 @@ class TinyPolicy(Policy):
         heads: Number of attention heads.
         seed: Of the random weights, apart from the run's own seed.
         lora: Train adapters of this shape in place of all weights.
+        tokenizer: Model whose tokenizer it takes, as :class:`LLMPolicy` names models; null has one token per byte.
     """
 
     def __init__(
-        self, hidden_size: int = 64, layers: int = 2, heads: int = 2, seed: int = 0, lora: Lora | None = None
+        self,
+        hidden_size: int = 64,
+        layers: int = 2,
+        heads: int = 2,
+        seed: int = 0,
+        lora: Lora | None = None,
+        tokenizer: str | None = None,
     ) -> None:
         super().__init__()
         self.name = f"tiny-llama-{hidden_size}x{layers}-seed{seed}"
+        self.tokenizer_of = tokenizer
         self.hidden_size = hidden_size
         self.layers = layers
         self.heads = heads
@@ -266,8 +274,8 @@ class TinyPolicy(Policy):
 
     @cached_property
     def tokenizer(self) -> Any:
-        """Byte-level tokenizer: one token per byte, plus an end token."""
-        return byte_tokenizer()
+        """Tokenizer of ``tokenizer``, or one token per byte and an end token."""
+        return byte_tokenizer() if self.tokenizer_of is None else LLMPolicy(self.tokenizer_of).tokenizer
 
     def load(self, device: torch.device) -> Any:
         """Make the model from its seed; the run's random state is left as it was."""

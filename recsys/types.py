@@ -37,6 +37,12 @@ class Batch:
     def __len__(self) -> int:
         return len(self.row)
 
+    def __getitem__(self, index: Tensor) -> Batch:
+        """Return the rows of ``index``, ``[B]`` bool or ``[R]`` int64, with no more padding than they need."""
+        part = Batch(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+        part.tokens = part.tokens[:, : int(part.length.max())]
+        return part
+
 
 @dataclass
 class Groups:

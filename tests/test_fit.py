@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from recsys.data import PromptTemplate
 from recsys.module import Recommender
-from recsys.objectives import GRPO, SupervisedFineTuning, TAWin
+from recsys.objectives import GRPO, SoftmaxDPO, SupervisedFineTuning, TAWin
 from recsys.policy import Lora, TinyPolicy
 from recsys.types import UserError
 from recsys.window import Window
@@ -54,7 +54,7 @@ def test_every_validation_is_in_tensorboard(finished: tuple[Run, Losses]) -> Non
     metrics = {f"val/{m}@{k}" for m in ("recall", "ndcg") for k in (1, 5, 10)} | {"val/wpauc"}
     assert metrics <= names
     assert len(events.Scalars("val/wpauc")) == 11  # the untrained policy, and ten epochs
-    train = {"loss", "policy_loss", "nll", "gate_open", "no_signal", "clipped", "lr", "tokens_per_second"}
+    train = {"loss", "policy_loss", "nll", "gate_open", "groups", "signal", "clipped", "lr", "tokens_per_second"}
     assert {f"train/{name}" for name in train} <= names
     assert {f"negatives/{name}" for name in ("seconds", "rows", "positive_found", "overlap")} <= names
     assert {"policy/trained_weights", "policy/weights"} <= names
@@ -278,7 +278,7 @@ def test_a_policy_objective_without_negatives_is_refused(tables, tmp_path: Path)
         run.fit()
 
 
-@pytest.mark.parametrize("objective", [SupervisedFineTuning(), GRPO(nll_coef=0.1), TAWin(gate="none")])
+@pytest.mark.parametrize("objective", [SupervisedFineTuning(), GRPO(nll_coef=0.1), TAWin(gate="none"), SoftmaxDPO()])
 def test_every_objective_moves_all_trained_weights(tables, tmp_path: Path, objective) -> None:
     run = Run(tables, tmp_path, model={"objective": objective, "warm_start_epochs": 0}, max_epochs=1)
     before: dict[str, torch.Tensor] = {}

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from recsys.functional import group_advantages, kl_divergence, policy_loss
+from recsys.functional import group_advantages, kl_divergence, policy_loss, softmax_dpo_loss
 
 
 def test_equals_a_loop_over_the_group() -> None:
@@ -125,3 +125,39 @@ def test_wrong_input_is_refused() -> None:
         policy_loss(x, x[:, :1], x, 0.2)
     with pytest.raises(ValueError, match=r"kl_divergence needs .* got \[3\] and \[3\]"):
         kl_divergence(x[0], x[0])
+
+
+def first(groups: int, items: int) -> torch.Tensor:
+    return torch.eye(items, dtype=torch.bool)[:1].expand(groups, -1)
+
+
+def test_softmax_dpo_is_the_papers_formula_in_a_loop() -> None:
+    torch.manual_seed(3)
+    logprobs, reference = (torch.randn(20, 5).double() for _ in range(2))
+    positive = torch.randint(5, (20,))
+    got = softmax_dpo_loss(logprobs, reference, torch.eye(5, dtype=torch.bool)[positive], beta=0.7)
+    for row in range(20):
+        x = (logprobs - reference)[row].tolist()
+        chosen = x.pop(positive[row])
+        total = sum(math.exp(0.7 * (rejected - chosen)) for rejected in x)
+        want = -math.log(1 / (1 + math.exp(math.log(total))))
+        assert got[row].item() == pytest.approx(want, rel=1e-12)
+
+
+def test_softmax_dpo_starts_at_log_group_size_and_leaves_the_reference_alone() -> None:
+    logprobs, reference = torch.randn(3, 8).requires_grad_(), torch.randn(3, 8).requires_grad_()
+    same = softmax_dpo_loss(logprobs, logprobs, first(3, 8), beta=2.0)
+    torch.testing.assert_close(same, torch.full((3,), math.log(8)))
+    softmax_dpo_loss(logprobs, reference, first(3, 8), beta=2.0).sum().backward()
+    assert reference.grad is None
+    assert (logprobs.grad[:, 0] < 0).all()
+    assert (logprobs.grad[:, 1:] > 0).all()
+
+
+def test_softmax_dpo_refuses_wrong_input() -> None:
+    x = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match="beta must be greater than 0"):
+        softmax_dpo_loss(x, x, first(2, 3), 0)
+    for relevance in (first(2, 4), torch.zeros(2, 3, dtype=torch.bool), torch.ones(2, 3, dtype=torch.bool)):
+        with pytest.raises(ValueError, match="exactly one positive"):
+            softmax_dpo_loss(x, x, relevance, 1.0)

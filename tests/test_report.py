@@ -53,6 +53,11 @@ def test_closing_table_gives_user_means_and_filtered_means() -> None:
     assert "start: mean over 2 users: recall@10 0.1667, wpauc 0.1667; without seen items: recall@10 0.7500" in text
 
 
+def test_closing_table_of_a_run_that_was_resumed_with_other_cutoffs() -> None:
+    text = closing_table([validation("start", [1, 50]), validation("TAWin", [1, 9])], (1, 5, 10), resamples=50)
+    assert text.split()[3:9] == ["R@1", "R@10", "N@1", "N@10", "WPAUC", "train"]
+
+
 def test_roc_figure_draws_recall_against_rank_and_shades_the_window() -> None:
     ranks = [1, 1, 4, 9, 30, np.inf]
     module = SimpleNamespace(listed=21, num_negatives=100, alpha=0.02, d=0.05, cutoffs=(1, 5, 10))

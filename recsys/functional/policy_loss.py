@@ -1,4 +1,4 @@
-"""The clipped policy loss and the divergence from the reference policy."""
+"""Losses of groups of scored items, and the divergence from the reference policy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["kl_divergence", "policy_loss"]
+__all__ = ["kl_divergence", "policy_loss", "softmax_dpo_loss"]
 
 # exp() is used up to this log ratio, and its tangent from there on. The log-probability of a whole item is a sum over
 # tokens, so one stale item can reach a log ratio of 89, where float32 overflows and the loss turns into inf or NaN. The
@@ -76,3 +76,29 @@ def kl_divergence(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
     """
     x = _log_ratio("kl_divergence", reference_logprobs.detach(), logprobs)
     return _expm1(x) - x  # expm1 keeps the digits that exp(x) - 1 loses near 0
+
+
+def softmax_dpo_loss(logprobs: Tensor, reference_logprobs: Tensor, relevance: Tensor, beta: float) -> Tensor:
+    """Loss of softmax-DPO (S-DPO, arXiv 2406.09215): -log sigmoid(-log sum_j exp(beta * (x_j - x+))).
+
+    The sum is over the group's negatives, x = logprobs - reference_logprobs. With one negative this is DPO's loss. It
+    equals the cross-entropy of the positive under softmax(beta * x): log(n + 1) where the policy is the reference.
+
+    Args:
+        logprobs: [B, G], finite log-probabilities of the items under the current policy, in nats.
+        reference_logprobs: [B, G], the same under the reference, a constant.
+        relevance: [B, G], bool, exactly one positive per row.
+        beta: scale of the log-ratios, > 0.
+
+    Returns:
+        [B] in nats, float64 for float64 log-probabilities, else float32.
+
+    Raises:
+        ValueError: shapes differ or are not 2-D, a row has not exactly one positive, or ``beta`` <= 0.
+    """
+    if not beta > 0:
+        raise ValueError(f"beta must be greater than 0, got {beta}")
+    x = beta * _log_ratio("softmax_dpo_loss", logprobs, reference_logprobs.detach())
+    if relevance.shape != x.shape or bool((relevance.sum(dim=1) != 1).any()):
+        raise ValueError(f"relevance must be {list(x.shape)} with exactly one positive per row")
+    return x.logsumexp(dim=1) - x[relevance]

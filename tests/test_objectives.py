@@ -1,0 +1,108 @@
+"""Objectives on groups against group-relative advantages computed by hand, and which groups are trained at all."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from torch import Tensor
+
+from recsys.objectives import GRPO, GroupObjective, ScoredGroups, SoftmaxDPO, TAWin
+from tests.conftest import Run
+
+
+def random_groups(count: int = 200, size: int = 9) -> ScoredGroups:
+    """Groups of 50 items each whose ``size - 1`` best negatives are listed, the positive anywhere."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(count, 50, generator=generator).double()
+    negatives = scores[:, 1:].sort(descending=True).values[:, : size - 1]
+    positive = negatives[:, :1] + torch.randn(count, 1, generator=generator).double()
+    behaviour = torch.cat([positive, negatives], 1)
+    return ScoredGroups(behaviour.clone(), behaviour, None, (2 / 49, 3 / 49, 49))
+
+
+def test_grpo_without_injected_positives_is_grpo_on_the_beam() -> None:
+    """ReRe: the group is the beam of ``size - 1`` items, reward 1 where it is the positive, standardised."""
+    groups = random_groups()
+    trains = GRPO(inject_positive=False).trains(groups.behaviour)
+    assert 20 < trains.sum() < 190
+    for row in range(len(trains)):
+        beam = groups.behaviour[row].argsort(descending=True)[:-1]  # without the worst, which a beam would not hold
+        rewards = (beam == 0).double()
+        assert bool(trains[row]) == bool(rewards.std() > 0)
+    assert bool(GRPO().trains(groups.behaviour).all())
+
+
+def test_trained_groups_include_every_open_gate() -> None:
+    """While the policy is the one that found the negatives, and they reach beyond the window."""
+    groups = random_groups()
+    objective = TAWin()
+    is_open = objective.loss(groups)["gate_open"].bool()
+    assert 10 < is_open.sum() < 190
+    assert bool((objective.trains(groups.behaviour) | ~is_open).all())
+
+
+class Steps(Callback):
+    """Counts the rows that the model scores in training steps, and keeps what is logged."""
+
+    def __init__(self) -> None:
+        self.scored: list[int] = []
+        self.logged: list[dict[str, float]] = []
+
+    def on_train_start(self, trainer, module) -> None:
+        forward = module.engine.forward
+
+        def counted(tokens: Tensor, length: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
+            self.scored.append(len(tokens))
+            return forward(tokens, length, items)
+
+        module.engine.forward = counted
+
+    def on_train_batch_end(self, trainer, *args) -> None:
+        self.logged.append({k: v.item() for k, v in trainer.callback_metrics.items()})
+
+
+def run_with(tables, folder: Path, objective: GroupObjective, epochs: int = 1) -> tuple[Run, Steps]:
+    steps = Steps()
+    model = {"objective": objective, "warm_start_epochs": 0}
+    run = Run(tables, folder, model=model, max_epochs=epochs, callbacks=[steps], negatives={"num_negatives": 10})
+    return run.fit(), steps
+
+
+def test_skipping_groups_below_the_beam_changes_nothing_where_their_gates_stay_shut(tables, tmp_path: Path) -> None:
+    rate = {"learning_rate": 1e-6}  # the ranks hardly move within the epoch
+    some, skipped = run_with(tables, tmp_path / "some", TAWin(**rate))
+    every, _ = run_with(tables, tmp_path / "all", TAWin(**rate, inject_positive=True))
+    assert any(step["train/gate_open"] > 0 for step in skipped.logged)
+    assert sum(skipped.scored) < 32  # rows of the epoch
+    for name, weight in some.weights.items():
+        torch.testing.assert_close(weight, every.weights[name], atol=1e-7, rtol=1e-4)
+    share = [step["train/groups"] for step in skipped.logged]
+    assert sum(skipped.scored) >= 8 * sum(share) > 0
+    assert max(share) <= 1
+
+
+def test_a_batch_without_a_trained_group_changes_no_weight(tables, tmp_path: Path) -> None:
+    class NothingFound(GRPO):
+        def trains(self, behaviour: Tensor) -> Tensor:
+            return torch.zeros(len(behaviour), dtype=torch.bool)
+
+    before: dict[str, Tensor] = {}
+
+    class Snapshot(Callback):
+        def on_train_start(self, trainer, module) -> None:
+            before.update(module.policy.snapshot())
+
+    model = {"objective": NothingFound(learning_rate=0.1), "warm_start_epochs": 0}
+    run = Run(tables, tmp_path, model=model, max_epochs=1, callbacks=[Snapshot()]).fit()
+    assert all(torch.equal(weight, before[name]) for name, weight in run.weights.items())
+
+
+def test_softmax_dpo_is_given_the_policy_of_its_start(tables, tmp_path: Path) -> None:
+    _, steps = run_with(tables, tmp_path, SoftmaxDPO(learning_rate=1e-3), epochs=2)
+    start = math.log(11)  # items of a group
+    assert steps.logged[0]["train/loss"] == pytest.approx(start, rel=1e-5)
+    assert steps.logged[-1]["train/loss"] < start - 0.02
