@@ -3,7 +3,7 @@
     python benchmarks/compare.py --config benchmarks/normalization.yaml
 
 Each run is a `recsys fit` in a process of its own. A run that has ended is not repeated, so that the script can be
-stopped and started again; delete its folder below `out` to repeat it. With `warm_start`, all variants of a seed go on
+stopped and started again; delete its folders (below `out` and `checkpoints`) to repeat it. With `warm_start`, all variants of a seed go on
 from one checkpoint. With `learning_rates`, each variant gets the rate that is best on validation with the first seed.
 With `test`, the tables are of the test rows, on which nothing was chosen.
 
@@ -77,8 +77,9 @@ class Run:
         """Train, and write what it cost when it has ended well."""
         if (self.folder / "cost.json").is_file():
             return
-        if self.folder.exists():
-            raise SystemExit(f"{self.folder}: an unfinished run; delete the folder to repeat it")
+        for folder in (self.folder, self.checkpoint.parent):
+            if folder.exists():
+                raise SystemExit(f"{folder}: left by an unfinished or deleted run; delete the folder to repeat it")
         self.folder.mkdir(parents=True)
         gigabytes, minutes = self._recsys("fit", start)
         events = EventAccumulator(str(self.folder / "version_0"), {"scalars": 0})

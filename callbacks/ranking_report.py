@@ -283,8 +283,9 @@ def closing_table(validations: list[Validation], cutoffs: tuple[int, ...], resam
             text[-1] += f"; without seen items: recall@10 {v.mean('filtered_recall@10'):.4f}"
     text.append("")
     for before in shown[:-1]:
-        for name in compared:
-            difference = end.values[name] - before.values[name]
+        _, at_end, at_before = np.intersect1d(end.row, before.row, return_indices=True)  # the rows may differ, too
+        for name in compared if len(at_end) else []:
+            difference = end.values[name][at_end] - before.values[name][at_before]
             low, high = bootstrap_interval(difference, resamples)
             text.append(
                 f"{name}: {end.phase} - {before.phase} = {difference.mean():+.4f} "

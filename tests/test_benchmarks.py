@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 
 from recsys.data import HistoryDataModule, PromptTemplate, Table
 
@@ -63,6 +66,78 @@ def test_metrics(benchmark_main, capsys: pytest.CaptureFixture[str]):
     assert out.count(": agrees with") == 3
     assert "DIFFERS" not in out
     assert out.splitlines()[-1].endswith("value 0.000000")
+
+
+def test_compare_tunes_on_validation_shares_the_warm_start_and_repeats_no_run(
+    benchmark_main, tables: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    root = Path(__file__).parents[1]
+    source = ("interactions", "items", "cache_dir")
+    fit = [f"--config={root}/configs/debug.yaml", "--trainer.num_sanity_val_steps=0", "--data.test_rows=null"]
+    fit += ["--data.source=recsys.data.Table", *(f"--data.source.init_args.{k}={tables[k]}" for k in source)]
+    fit += ["--model.beams=12", "--model.cutoffs=[1,5,10]", "--model.window.k=3", "--model.window.half_width=2"]
+    fit += ["--trainer.callbacks=callbacks.BeamNegatives", "--trainer.callbacks.init_args.num_negatives=8"]
+    fit += ["--trainer.callbacks+=callbacks.AdapterCheckpoint", "--trainer.callbacks+=callbacks.RankingReport"]
+    sft = ["--model.objective=recsys.objectives.SupervisedFineTuning"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(root))
+    options = {"seeds": (3,), "metrics": ("recall@1", "recall@5"), "warm_start": ["--trainer.max_epochs=1"]}
+    options |= {"learning_rates": (1e-9, 3e-3), "tune": "recall@5", "test": True, "jobs": 2}
+    main = benchmark_main("compare")
+    main(fit, {"SFT": sft}, "runs/sweep", **options)
+    printed = [line[9:] for line in capsys.readouterr().out.splitlines() if ":" in line[:3]]
+    validated = {}
+    for rate in ("1e-09", "0.003"):
+        [ranks] = Path(f"runs/sweep/SFT/lr{rate}/seed3/version_0/ranks").glob("*.parquet")
+        validated[rate] = (pd.read_parquet(ranks)["rank"] <= 5).mean()
+    assert validated["1e-09"] != validated["0.003"]
+    best = max(validated, key=validated.__getitem__)
+    assert sorted(printed) == [
+        "fit runs/sweep/SFT/lr0.003/seed3",
+        "fit runs/sweep/SFT/lr1e-09/seed3",
+        "fit runs/sweep/warm start/seed3",
+        f"test runs/sweep/SFT/lr{best}/seed3",
+        "test runs/sweep/warm start/seed3",
+    ]
+    table = Path("runs/sweep/table.md").read_text().splitlines()
+    assert table[0].startswith("| 1 seeds, 33 rows | lr | recall@1 | recall@5 |")
+    recall = {}
+    for line in table[2:4]:
+        name, rate, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        folder = Path("runs/sweep", name, *([f"lr{rate}"] if rate else []), "seed3")
+        ranks = pd.read_parquet(folder / "version_1" / "ranks" / "test.parquet")
+        recall[name] = [ranks[f"recall@{k}"].mean() for k in (1, 5)]
+        assert [float(cell) for cell in cells[:2]] == pytest.approx(recall[name], abs=1e-4)
+    assert list(recall) == ["warm start", "SFT"]
+    change = float(table[-1].split("|")[3].strip().split()[0].strip("*"))
+    assert change == pytest.approx(recall["SFT"][1] - recall["warm start"][1], abs=1e-4)
+    start, lazy = (
+        torch.load(f"checkpoints/sweep/{run}/seed3/version_0/last.ckpt", weights_only=True)["state_dict"]
+        for run in ("warm start", "SFT/lr1e-09")
+    )
+    assert all((start[name] - weight).abs().max() < 1e-6 for name, weight in lazy.items())
+    main(fit, {"SFT": sft}, "runs/sweep", **options)
+    assert capsys.readouterr().out.startswith("| 1 seeds")
+    shutil.rmtree("runs/sweep/SFT")  # its checkpoints would be taken for those of the run that repeats it
+    with pytest.raises(SystemExit, match="checkpoints/sweep/SFT/lr1e-09/seed3/version_0: left by"):
+        main(fit, {"SFT": sft}, "runs/sweep", **options)
+
+
+def test_compare_marks_differences_whose_interval_excludes_zero(benchmark_main):
+    benchmark_main("compare")
+    differences = sys.modules["compare"].differences
+    rng = np.random.default_rng(0)
+    start = rng.normal(size=(2, 400, 2))
+    noise = rng.normal(size=400)
+    noise -= noise.mean()
+    other = start + np.stack([0.2 + noise, 0.05 + noise], 1)  # the same in both seeds: the rows alone vary
+    [row] = differences({"a": start, "b": other}, "a", ("m", "n")).splitlines()[2:]
+    sure, unsure = row.strip("|").split("|")[1:]
+    assert sure.split()[0] == "**+0.2000**"
+    assert unsure.split()[0] == "+0.0500"
+    low, high = (float(x) for x in sure.split("[")[1].rstrip("] ").split(","))
+    error = noise.std() / 20
+    assert (low, high) == pytest.approx((0.2 - 1.96 * error, 0.2 + 1.96 * error), abs=0.1 * error)
 
 
 def test_baselines(benchmark_main, tables: dict[str, str], capsys: pytest.CaptureFixture[str]):

@@ -58,6 +58,16 @@ def test_closing_table_of_a_run_that_was_resumed_with_other_cutoffs() -> None:
     assert text.split()[3:9] == ["R@1", "R@10", "N@1", "N@10", "WPAUC", "train"]
 
 
+def test_closing_table_pairs_the_rows_that_a_resumed_run_still_validates() -> None:
+    start, end = validation("start", [1, 1, 1, 50]), validation("TAWin", [50, 1])
+    end.row = np.array([0, 3])
+    text = closing_table([start, end], (1, 10), resamples=50)
+    assert "recall@10: TAWin - start = +0.0000 [" in text  # row 0 falls, row 3 rises
+    assert "over 2 rows" in text
+    end.row += 10
+    assert "TAWin - start" not in closing_table([start, end], (1, 10), resamples=50)
+
+
 def test_roc_figure_draws_recall_against_rank_and_shades_the_window() -> None:
     ranks = [1, 1, 4, 9, 30, np.inf]
     module = SimpleNamespace(listed=21, num_negatives=100, alpha=0.02, d=0.05, cutoffs=(1, 5, 10))
