@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics import MetricCollection
@@ -101,8 +102,14 @@ class Recommender(lightning.LightningModule):
         """Check the settings against each other and the catalogue, and make the metrics.
 
         Raises:
-            UserError: if the window or a cut-off does not fit the ranked list, or nothing finds negatives.
+            UserError: if the window or a cut-off does not fit the ranked list, nothing finds negatives, or the
+                strategy neither averages the gradients of a pass through the decoder alone nor needs to.
         """
+        if not isinstance(self.trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+            raise UserError(
+                f"trainer.strategy: {type(self.trainer.strategy).__name__} is not supported; use ddp, or "
+                "recsys.shard.ShardedStrategy to divide the base among the processes"
+            )
         if stage == "fit" and isinstance(self.objective, GroupObjective) and not self.finds_negatives:
             raise UserError(
                 f"{type(self.objective).__name__} needs negatives: add callbacks.BeamNegatives to trainer.callbacks"

@@ -54,6 +54,7 @@ class Policy(nn.Module):
     name: str
     lora: Lora | None
     model: Any  # PeftModel, or the causal LM itself where every weight is trained
+    sharded = False  # whether each process holds a part of the base, see recsys/shard.py
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -147,7 +148,7 @@ class Policy(nn.Module):
     def num_parameters(self) -> tuple[int, int]:
         """Return the trained and the total number of weights; two 4-bit weights are packed in a byte."""
         trained = sum(p.numel() for p in self.trainable().values())
-        total = sum(p.numel() * (2 if type(p).__name__ == "Params4bit" else 1) for p in self.parameters())
+        total = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in self.parameters())
         return trained, total
 
     def save_adapter(self, directory: Path) -> None:

@@ -74,6 +74,7 @@ def beam_search(engine: TreeEngine, prompt: PromptCache, beams: int) -> Ranking:
         score, best = score[:, :width], best[:, :width]
         sees = paths.sees.gather(1, source.gather(1, best)[..., None].expand(-1, -1, paths.sees.shape[2]))
         paths = _advance(engine, prompt, child.gather(1, best), score, sees)
+    engine.wait()
     engine.rewind(prompt)
     return _items_of(trie, leaf, leaf_score, min(beams, trie.num_items))
 

@@ -257,6 +257,7 @@ class TreeEngine:
         sees = torch.arange(prompt.width, device=node.device) < prompt.length[:, None]
         mask = torch.cat([sees[:, None].expand(-1, node.shape[1], -1), visible], 2)[:, None]
         prompt.appended += node.shape[1]
+        self._any_process(True)
         self.token_rows += node.numel()
         return self.policy.hidden(
             self.trie.tokens[node].long(),
@@ -274,6 +275,7 @@ class TreeEngine:
             node = tree.node.clamp(max=len(self.trie) - 1)
             hidden = torch.cat([hidden, self.append(prompt, node, tree.ancestors())], 1)
             self.rewind(prompt)
+        self.wait()
         return self.item_logprobs(tree, hidden)
 
     def score_all(self, prompt: PromptCache, chunk: int = 256) -> Tensor:
@@ -290,6 +292,23 @@ class TreeEngine:
         if prompt.appended:
             prompt.cache.crop(-prompt.appended)  # negative: rows to remove
             prompt.appended = 0
+
+    def wait(self) -> None:
+        """Take part in the passes of processes that append more, until none does; nothing to do if not sharded.
+
+        The layers of a sharded policy are put together by all processes in each pass, but a beam search ends earlier
+        on some than on others.
+        """
+        while self._any_process(False):
+            self.policy.hidden(self.trie.tokens[1:2].long()[None])
+
+    def _any_process(self, appends: bool) -> bool:
+        """Return whether any process is about to append; each process asks this once a pass."""
+        if not self.policy.sharded:
+            return False
+        answer = torch.tensor(int(appends), device=self.trie.tokens.device)
+        torch.distributed.all_reduce(answer, torch.distributed.ReduceOp.MAX)
+        return bool(answer)
 
 
 def _last(hidden: Tensor, length: Tensor) -> Tensor:
