@@ -3,9 +3,9 @@
     python benchmarks/compare.py --config benchmarks/normalization.yaml
 
 Each run is a `recsys fit` in a process of its own. A run that has ended is not repeated, so that the script can be
-stopped and started again; delete its folders (below `out` and `checkpoints`) to repeat it. With `warm_start`, all variants of a seed go on
-from one checkpoint. With `learning_rates`, each variant gets the rate that is best on validation with the first seed.
-With `test`, the tables are of the test rows, on which nothing was chosen.
+stopped and started again; delete its folders (below `out` and `checkpoints`) to repeat it. With `warm_start`, all
+variants of a seed go on from one checkpoint. With `learning_rates`, each variant gets the rate that is best on
+validation with the first seed. With `test`, the tables are of the test rows, on which nothing was chosen.
 
 Prints Markdown tables, and writes them to `<out>/table.md`. Intervals come from a bootstrap that resamples seeds and
 rows.
