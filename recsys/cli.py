@@ -1,4 +1,4 @@
-"""The ``recsys`` command: ``fit``, ``validate``, ``test``, ``predict`` and ``data`` on LightningCLI."""
+"""The ``recsys`` command: ``fit``, ``validate``, ``test``, ``predict``, ``data`` and ``cost`` on LightningCLI."""
 
 from __future__ import annotations
 
@@ -15,18 +15,24 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.tensorboard.summary import hparams
 
+from recsys.cost import cost_text, run_cost
 from recsys.data import HistoryDataModule, card_text, data_card
 from recsys.module import Recommender
 from recsys.types import UserError
 
 
 class Trainer(pytorch.Trainer):
-    """Lightning's trainer, whose methods are the subcommands, with one more."""
+    """Lightning's trainer, whose methods are the subcommands, with two more."""
 
     def describe(self, model: Recommender, datamodule: HistoryDataModule) -> None:
         """Print what the data holds and what the settings make of it, without loading the model."""
         datamodule.tokenize(model.tokenizer)
         print(card_text(data_card(datamodule)))
+
+    def cost(self, model: Recommender, datamodule: HistoryDataModule) -> None:
+        """Print the token rows, steps and memory of the run that ``fit`` would do, without loading the model."""
+        datamodule.tokenize(model.tokenizer)
+        print(cost_text(run_cost(self, model, datamodule)))
 
     data = describe  # the subcommand's name; a method whose own name is `data` would clash with the group of that name
 
@@ -50,8 +56,8 @@ class RecsysCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's subcommands and ``data``, with the arguments that are not set on the command line."""
-        return {**LightningCLI.subcommands(), "data": {"model", "datamodule"}}
+        """Lightning's subcommands, ``data`` and ``cost``, with the arguments that are not set on the command line."""
+        return {**LightningCLI.subcommands(), "data": {"model", "datamodule"}, "cost": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Set defaults that every run needs, and give the data module the run's seed."""

@@ -53,6 +53,7 @@ class Policy(nn.Module):
 
     name: str
     lora: Lora | None
+    quantization: Literal["nf4", "none"] = "none"  # of the frozen linear layers
     model: Any  # PeftModel, or the causal LM itself where every weight is trained
     sharded = False  # whether each process holds a part of the base, see recsys/shard.py
 
@@ -62,7 +63,10 @@ class Policy(nn.Module):
         raise NotImplementedError
 
     def load(self, device: torch.device) -> Any:
-        """Return the causal language model that is trained, adapters included."""
+        """Return the causal language model that is trained, adapters included.
+
+        On the ``meta`` device it has the shapes of its weights alone, unquantised; that needs no weights.
+        """
         raise NotImplementedError
 
     def build(self, device: torch.device) -> None:
@@ -214,10 +218,44 @@ class LLMPolicy(Policy):
 
     def load(self, device: torch.device) -> Any:
         """Load the base in its precision, then put the adapter on it."""
-        from peft import PeftModel
-        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+        from peft import PeftConfig, PeftModel, get_peft_model
 
         dtype = compute_dtype(device) if self.dtype == "auto" else getattr(torch, self.dtype)
+        base = self._shapes(dtype) if device.type == "meta" else self._base(device, dtype)
+        base.requires_grad_(False)
+        if self.gradient_checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+        if self.adapter is None:
+            assert self.lora is not None
+            return add_adapter(base, self.lora)
+        if device.type == "meta":
+            config = PeftConfig.from_pretrained(self.adapter)
+            config.inference_mode = False
+            return get_peft_model(base, config)
+        model = PeftModel.from_pretrained(base, self.adapter, is_trainable=True)
+        check_adapter(model, self.adapter)
+        return model
+
+    def _shapes(self, dtype: torch.dtype) -> Any:
+        """Return the base on the ``meta`` device, made from its config.
+
+        Raises:
+            UserError: if there is no config.
+        """
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        _ = self.tokenizer  # its errors name what is wrong with `model` or `adapter`
+        try:
+            config = AutoConfig.from_pretrained(self.source)
+        except (OSError, ValueError) as error:
+            raise UserError(f"policy.model: {self.name!r} has no config ({str(error).splitlines()[0]})") from error
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+
+    def _base(self, device: torch.device, dtype: torch.dtype) -> Any:
+        """Return the base with its weights, in 4 bits unless ``quantization`` says otherwise."""
+        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
         config = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -232,15 +270,7 @@ class LLMPolicy(Policy):
             attn_implementation="sdpa",  # takes the tree's 4-D mask
         )
         keep_weights_in_place(base)
-        base.requires_grad_(False)
-        if self.gradient_checkpointing:
-            base.gradient_checkpointing_enable({"use_reentrant": False})
-        if self.adapter is None:
-            assert self.lora is not None
-            return add_adapter(base, self.lora)
-        model = PeftModel.from_pretrained(base, self.adapter, is_trainable=True)
-        check_adapter(model, self.adapter)
-        return model
+        return base
 
 
 class TinyPolicy(Policy):
@@ -297,10 +327,12 @@ class TinyPolicy(Policy):
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """Return bfloat16 where the device has arithmetic for it, else float32.
+    """Return bfloat16 where the device has arithmetic for it, else float32; bfloat16 for the ``meta`` device.
 
     A CPU without it emulates bfloat16 and is slower than in float32.
     """
+    if device.type == "meta":
+        return torch.bfloat16
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}

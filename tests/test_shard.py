@@ -8,14 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import distributed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from recsys.cli import main
 from recsys.objectives import TAWin
 from recsys.policy import LLMPolicy, Lora, TinyPolicy
 from recsys.search import beam_search
@@ -23,7 +21,6 @@ from recsys.shard import ShardedStrategy, shard
 from recsys.types import UserError
 from tests.conftest import Run
 
-CONFIGS = Path(__file__).parent.parent / "configs"
 CPU = torch.device("cpu")
 LIMIT = timedelta(seconds=120)  # a process that waits for a pass that the other does not make fails then
 
@@ -138,13 +135,3 @@ def test_what_cannot_be_divided_is_refused(tables, tmp_path: Path, mesh: DeviceM
     run.model.trainer = run.trainer
     with pytest.raises(UserError, match="ModelParallelStrategy is not supported"):
         run.model.setup("fit")
-
-
-def test_the_overlay_parses_behind_a_job(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(
-            ["fit", f"--config={CONFIGS / 'tawin.yaml'}", f"--config={CONFIGS / 'trainer/fsdp.yaml'}", "--print_config"]
-        )
-    assert stop.value.code == 0
-    trainer = yaml.safe_load(capsys.readouterr().out)["trainer"]
-    assert (trainer["strategy"]["class_path"], trainer["devices"]) == ("recsys.shard.ShardedStrategy", 8)
