@@ -102,13 +102,19 @@ class Recommender(lightning.LightningModule):
         """Check the settings against each other and the catalogue, and make the metrics.
 
         Raises:
-            UserError: if the window or a cut-off does not fit the ranked list, nothing finds negatives, or the
-                strategy neither averages the gradients of a pass through the decoder alone nor needs to.
+            UserError: if the window or a cut-off does not fit the ranked list, nothing finds negatives, the precision
+                is not the policy's own, or the strategy neither averages the gradients of a pass through the decoder
+                alone nor needs to.
         """
         if not isinstance(self.trainer.strategy, SingleDeviceStrategy | DDPStrategy):
             raise UserError(
                 f"trainer.strategy: {type(self.trainer.strategy).__name__} is not supported; use ddp, or "
                 "recsys.shard.ShardedStrategy to divide the base among the processes"
+            )
+        if self.trainer.precision != "32-true":  # would round the log-probabilities, or the adapter's weights
+            raise UserError(
+                f"trainer.precision is {self.trainer.precision}: leave it at 32-true, and set the compute type of an "
+                "LLMPolicy by its dtype"
             )
         if stage == "fit" and isinstance(self.objective, GroupObjective) and not self.finds_negatives:
             raise UserError(

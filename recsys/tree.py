@@ -131,8 +131,7 @@ class TreeEngine:
 
     def _logprobs(self, hidden: Tensor, column: Tensor, row: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return ``[E]`` log-probabilities of the columns of the output head at the rows of ``hidden [R, H]``."""
-        with torch.autocast(hidden.device.type, enabled=False):  # a trainer in mixed precision would undo the float32
-            logits = torch.nn.functional.linear(hidden.float(), weight, bias)
+        logits = torch.nn.functional.linear(hidden.float(), weight, bias)
         legal = logits[row, column]
         if self.normalization == "vocab":
             return legal - logits.logsumexp(1)[row]

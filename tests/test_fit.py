@@ -278,6 +278,12 @@ def test_a_policy_objective_without_negatives_is_refused(tables, tmp_path: Path)
         run.fit()
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_a_precision_that_rounds_scores_is_refused(tables, tmp_path: Path, precision) -> None:
+    with pytest.raises(UserError, match="precision is bf16"):
+        Run(tables, tmp_path, precision=precision).fit()
+
+
 @pytest.mark.parametrize("objective", [SupervisedFineTuning(), GRPO(nll_coef=0.1), TAWin(gate="none"), SoftmaxDPO()])
 def test_every_objective_moves_all_trained_weights(tables, tmp_path: Path, objective) -> None:
     run = Run(tables, tmp_path, model={"objective": objective, "warm_start_epochs": 0}, max_epochs=1)
