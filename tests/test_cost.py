@@ -57,7 +57,7 @@ def cost_of(run: Run) -> Cost:
 def test_token_rows_are_those_of_a_fit(normalization: str, tables, tmp_path: Path) -> None:
     settings = {
         "model": {
-            "objective": TAWin(1e-3, kl_coef=0.1),
+            "objective": TAWin(1e-3, kl_coef=0.1, inject_positive=True),
             "normalization": normalization,
             "warm_start": SupervisedFineTuning(1e-3),
         },
