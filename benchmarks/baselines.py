@@ -105,7 +105,7 @@ def sessions(data: HistoryDataModule, rows: np.ndarray, start: np.ndarray, end: 
 
 def train_sessions(data: HistoryDataModule, history: int) -> Dataset:
     """Make a user of each window of at most ``history`` events and a target, which the train rows hold."""
-    rows = data.histories.windows(history)
+    rows = data.histories.windows(data.histories.train, history)
     return sessions(data, rows, data.histories.history_start(rows, history), rows + 1)
 
 

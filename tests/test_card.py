@@ -71,7 +71,7 @@ def test_card(data):
         expected = {"mean": np.mean(values), "median": np.median(values), "95 %": np.quantile(values, 0.95)}
         assert card[name] == pytest.approx(expected | {"max": max(values)})
     assert card["titles cut"] == 3
-    drawn = {"windows": min(5, len(h.windows(5))), "rows": 17, "validation": 3, "test": len(h.test)}
+    drawn = {"windows": min(5, len(h.windows(h.train, 5))), "rows": 17, "validation": 3, "test": len(h.test)}
     assert card["rows drawn for an epoch"] == drawn
 
 

@@ -160,8 +160,22 @@ def test_rows_of_an_epoch():
     assert sorted(rows_of(module.train_dataloader())) == sorted(rows[0])
     assert set(ready(rows_per_epoch=None).train_rows(0)) == set(module.histories.train)
     assert set(ready(seed=1).train_rows(0)) != set(rows[0])
-    assert set(module.window_rows(0)) == set(module.histories.windows(4))
+    assert set(module.window_rows(0)) == set(module.histories.windows(module.histories.train, 4))
     assert len(ready(windows_per_epoch=3).window_rows(0)) == 3
+
+
+def test_fresh_rows_are_the_latest_and_in_no_window():
+    module = ready(fresh_share=0.25, rows_per_epoch=None)
+    h = module.histories
+    fresh, windows = set(module.train_rows(0)), module.window_rows(0)
+    assert len(fresh) == len(h.train) // 4
+    assert fresh == set(h.train[-len(fresh) :])
+    learnt = {event for row in windows for event in range(h.history_start(np.array([row]), 4)[0], row + 1)}
+    assert not learnt & fresh
+    assert learnt >= set(h.train[: -len(fresh)])  # every other target is in one
+    for share in (-0.1, 1.0):
+        with pytest.raises(UserError, match=r"data\.fresh_share must be at least 0 and below 1"):
+            data(fresh_share=share)
 
 
 def test_evaluation_rows_are_spread_over_time():

@@ -67,7 +67,7 @@ def test_windows_tile_each_users_train_rows(events, size, split):
         data = histories(events, split)
     except UserError:
         return
-    windows = data.windows(size)
+    windows = data.windows(data.train, size)
     assert set(windows) <= set(data.train)
     covered = [e for row in windows for e in range(row - len(data.history(row, size)), row + 1)]
     assert len(covered) == len(set(covered))
@@ -143,9 +143,10 @@ def test_leave_one_out():
 def test_windows_by_hand():
     data = one_user(14)  # 13 rows: events 1..11 train, 12 val, 13 test
     assert data.train.tolist() == list(range(1, 12))
-    assert data.windows(3).tolist() == [3, 7, 11]
-    assert data.windows(4).tolist() == [1, 6, 11]
-    assert data.windows(100).tolist() == [11]
+    assert data.windows(data.train, 3).tolist() == [3, 7, 11]
+    assert data.windows(data.train, 4).tolist() == [1, 6, 11]
+    assert data.windows(data.train, 100).tolist() == [11]
+    assert data.windows(data.train[:9], 3).tolist() == [1, 5, 9]
 
 
 def test_equal_times_keep_file_order():

@@ -35,6 +35,9 @@ class HistoryDataModule(LightningDataModule):
         eval_batch_size: Most rows in a batch of validation, test and prediction, on each device.
         rows_per_epoch: Train rows drawn anew for each epoch, without replacement; null uses all.
         windows_per_epoch: Windows drawn anew for each epoch, without replacement; null uses all.
+        fresh_share: Share of the train rows, the latest in time, that supervised windows leave out and policy
+            optimisation is confined to, so that it meets targets which the policy has not learnt by heart; 0 trains
+            both on all rows.
         val_rows: Validation rows, spread evenly over the split's time; null uses all.
         test_rows: Test and prediction rows, spread evenly over the split's time; null uses all.
         num_workers: Processes that build batches; 0 builds them in the main process.
@@ -71,6 +74,7 @@ class HistoryDataModule(LightningDataModule):
         eval_batch_size: int = 16,
         rows_per_epoch: int | None = None,
         windows_per_epoch: int | None = None,
+        fresh_share: float = 0.0,
         val_rows: int | None = None,
         test_rows: int | None = None,
         num_workers: int = 0,
@@ -92,6 +96,8 @@ class HistoryDataModule(LightningDataModule):
         for name, value in {"num_workers": num_workers, "seed": seed}.items():
             if value < 0:
                 raise UserError(f"data.{name} must be at least 0, but it is {value}")
+        if not 0 <= fresh_share < 1:
+            raise UserError(f"data.fresh_share must be at least 0 and below 1, but it is {fresh_share}")
         self.source = source
         self.prompt = prompt
         self.split = split
@@ -100,6 +106,7 @@ class HistoryDataModule(LightningDataModule):
         self.eval_batch_size = eval_batch_size
         self.rows_per_epoch = rows_per_epoch
         self.windows_per_epoch = windows_per_epoch
+        self.fresh_share = fresh_share
         self.val_rows = val_rows
         self.test_rows = test_rows
         self.num_workers = num_workers
@@ -156,17 +163,24 @@ class HistoryDataModule(LightningDataModule):
 
     def train_rows(self, epoch: int) -> np.ndarray:
         """Rows of policy optimisation in one epoch: [R] int64 event indices."""
-        return self._draw(self.histories.train, self.rows_per_epoch, epoch)
+        return self._draw(self._train_parts()[-1], self.rows_per_epoch, epoch)
 
     def window_rows(self, epoch: int) -> np.ndarray:
         """Rows of supervised training in one epoch, whose histories and targets do not overlap: [R] int64."""
-        return self._draw(self.histories.windows(self.prompt.max_history), self.windows_per_epoch, epoch)
+        windows = self.histories.windows(self._train_parts()[0], self.prompt.max_history)
+        return self._draw(windows, self.windows_per_epoch, epoch)
 
     def evaluation_rows(self, part: Literal["val", "test"]) -> np.ndarray:
         """Rows that validation, or test and prediction, go through: [R] int64 event indices in the order of time."""
         rows, count = {"val": (self.histories.val, self.val_rows), "test": (self.histories.test, self.test_rows)}[part]
         count = min(count or len(rows), len(rows))
         return rows[np.arange(count) * len(rows) // count]
+
+    def _train_parts(self) -> list[np.ndarray]:
+        """The train rows that windows are made of, and those of policy optimisation; one part if they are the same."""
+        train = self.histories.train
+        fresh = int(self.fresh_share * len(train))
+        return np.split(train, [len(train) - fresh]) if fresh else [train]
 
     def _draw(self, rows: np.ndarray, count: int | None, epoch: int) -> np.ndarray:
         if count is None or count >= len(rows):

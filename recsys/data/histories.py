@@ -113,20 +113,21 @@ class Histories:
         size = max(items.max(initial=0), self.items.max()) + 1
         return np.isin(np.arange(len(rows))[:, None] * size + items, owner * size + self.items[event])
 
-    def windows(self, size: int) -> np.ndarray:
-        """Train rows whose histories of ``size`` events and targets do not overlap, for a loss on every title.
+    def windows(self, rows: np.ndarray, size: int) -> np.ndarray:
+        """Those rows whose histories of ``size`` events and targets do not overlap, for a loss on every title.
 
-        Each user's windows are laid from the last train row backwards, so the oldest may be shorter.
+        Each user's windows are laid from the last row backwards, so the oldest may be shorter.
 
         Args:
+            rows: [R] event indices; a user's rows follow one another without gaps.
             size: Events of history in a window.
 
         Returns:
             [W] int64, event indices in ascending order.
         """
-        rows = np.sort(self.train)
+        rows = np.sort(rows)
         user_ends = np.flatnonzero(np.append(self.users[rows][1:] != self.users[rows][:-1], True))
-        newest = np.repeat(rows[user_ends], np.diff(user_ends, prepend=-1))  # the last train row of each row's user
+        newest = np.repeat(rows[user_ends], np.diff(user_ends, prepend=-1))  # the last row of each row's user
         return rows[(newest - rows) % (size + 1) == 0]
 
     def describe(self) -> dict[str, int | float]:
