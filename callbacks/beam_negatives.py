@@ -80,12 +80,16 @@ class BeamNegatives(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: Recommender) -> None:  # type: ignore[override]
         """Refresh the rows of the epochs up to the next refresh."""
-        epoch = trainer.current_epoch
-        if pl_module.trains_on_windows(epoch) or (epoch - pl_module.warm_start_epochs) % self.every_n_epochs:
-            return
+        rows = self.due(pl_module, trainer.current_epoch)
+        if len(rows):
+            self.refresh(trainer, pl_module, rows)
+
+    def due(self, module: Recommender, epoch: int) -> np.ndarray:
+        """Return the rows ``[R]`` to refresh at the start of an epoch, none if it goes on with the groups it finds."""
+        if module.trains_on_windows(epoch) or (epoch - module.warm_start_epochs) % self.every_n_epochs:
+            return np.empty(0, dtype=np.int64)
         epochs = range(epoch, epoch + self.every_n_epochs)
-        rows = np.unique(np.concatenate([pl_module.data.train_rows(e) for e in epochs]))
-        self.refresh(trainer, pl_module, rows)
+        return np.unique(np.concatenate([module.data.train_rows(e) for e in epochs]))
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: Trainer, pl_module: Recommender, outputs: Any, batch: Batch, batch_idx: int
@@ -106,10 +110,7 @@ class BeamNegatives(Callback):
         module.eval()
         parts = []
         for batch in self._batches(trainer, module, rows, "negatives"):
-            prompt = module.engine.prefill(batch.tokens, batch.length)
-            negatives, found = self._negatives(module, prompt, batch.target, generator)
-            items = torch.cat([batch.target[:, None], negatives], 1)
-            parts.append((batch.row, items, module.engine.score(prompt, items), found))
+            parts.append((batch.row, *self.groups_of(module, batch, generator)))
         row, items, behaviour, found = _gathered(trainer, parts)
         groups = Groups(row, items, behaviour, None)
         objective = module.objective_at(trainer.current_epoch)
@@ -125,6 +126,13 @@ class BeamNegatives(Callback):
         for logger in trainer.loggers:
             logger.log_metrics({f"negatives/{name}": value for name, value in log.items()}, step=trainer.global_step)
         self.groups = module.groups = groups
+
+    def groups_of(self, module: Recommender, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the items and scores ``[B, G]`` of a batch's groups, and whether the search found the positive."""
+        prompt = module.engine.prefill(batch.tokens, batch.length)
+        negatives, found = self._negatives(module, prompt, batch.target, generator)
+        items = torch.cat([batch.target[:, None], negatives], 1)
+        return items, module.engine.score(prompt, items), found
 
     def _negatives(
         self, module: Recommender, prompt: Any, target: Tensor, generator: torch.Generator

@@ -147,7 +147,7 @@ class _Engine(TreeEngine):
 
     def child_logprobs(self, hidden: Tensor, node: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         child, row = self.trie.children(node)
-        self.policy.calls.append(HeadCall(len(node), len(child)))
+        self.policy.calls.append(HeadCall(node, len(child)))
         # The random head makes users differ: its product with a hidden state has a standard deviation of 0.02 sqrt(H).
         noise = (hidden[row] * self.policy.head.weight[self.trie.tokens[child].long()]).sum(1)
         logits = self.log_mass[child] - self.log_mass[node][row] + noise * (NOISE / 0.02 / hidden.shape[1] ** 0.5)
@@ -236,8 +236,7 @@ class _Estimate:
         trainer, data = self.trainer, self.data
         windows = self.model.trains_on_windows(epoch)
         name = WINDOWS if windows else POLICY
-        rows, size = (data.window_rows, data.window_batch_size) if windows else (data.train_rows, data.batch_size)
-        plan = self._plan(rows(epoch), size, [data.seed, epoch], trainer.limit_train_batches)
+        plan = self._plan(*data.training(epoch, windows), trainer.limit_train_batches)
         batches = len(plan[0])
         self._add(name, plan)
         self.work[name].steps += -(-batches // trainer.accumulate_grad_batches)
@@ -246,12 +245,10 @@ class _Estimate:
             self.work[name].trees += sum(len(target) * int(self.item_nodes[target].max()) for target in targets)
             return batches
         assert self.negatives is not None  # Recommender.setup made sure
-        every = self.negatives.every_n_epochs
-        refreshes = 0
-        if (epoch - self.model.warm_start_epochs) % every == 0:
-            drawn = [data.train_rows(e) for e in range(epoch, epoch + every)]
-            self.refresh = self._plan(np.unique(np.concatenate(drawn)), self.negatives.batch_size, None)
-            refreshes = 1
+        due = self.negatives.due(self.model, epoch)
+        refreshes = int(len(due) > 0)
+        if refreshes:
+            self.refresh = self._plan(due, self.negatives.batch_size, None)
         if self.negatives.every_n_steps:
             refreshes += (batches - 1) // (self.negatives.every_n_steps * trainer.accumulate_grad_batches)
         objective = self.model.objective
@@ -294,13 +291,10 @@ class _Estimate:
         """Return the items ``[B, G]`` of the groups that a refresh makes, and the tree rows of search and scoring."""
         assert self.negatives is not None
         batch, engine = self._batch(rows), self.engine
-        prompt = engine.prefill(batch.tokens, batch.length)
         before = engine.token_rows
-        found, _ = self.negatives._negatives(self.model, prompt, batch.target, torch.Generator().manual_seed(0))
-        searched = engine.token_rows
-        items = torch.cat([batch.target[:, None], found], 1)
-        engine.score(prompt, items)
-        return items, searched - before, engine.token_rows - searched
+        items, _, _ = self.negatives.groups_of(self.model, batch, torch.Generator().manual_seed(0))
+        scored = engine.tree_of(items).node.numel()
+        return items, engine.token_rows - before - batch.tokens.numel() - scored, scored
 
     def _peak(self, name: str) -> Peak:
         """Return the memory of a work's largest batch."""

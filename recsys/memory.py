@@ -23,11 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
 from recsys.policy import Policy
-from recsys.tree import MAX_LOGITS, TreeEngine
+from recsys.tree import TreeEngine
 
 META = torch.device("meta")
 
@@ -46,7 +45,7 @@ class DecoderCall:
 class HeadCall:
     """Shape of one call of ``TreeEngine.child_logprobs``, after the decoder's."""
 
-    rows: int
+    node: Tensor  # [R] trie nodes, with values
     edges: int
 
 
@@ -131,29 +130,10 @@ def _decode(policy: Policy, call: DecoderCall, cache: DynamicCache | None) -> Te
 
 
 def _head(policy: Policy, engine: TreeEngine, call: HeadCall, hidden: Tensor) -> Tensor:
-    """What ``TreeEngine.child_logprobs`` does, where nothing may depend on values."""
-
-    def index(size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.int64, device=META)
-
-    weight: Tensor = policy.head.weight
-    bias: Tensor | None = policy.head.bias
-    if engine.normalization == "trie":
-        legal = index(len(engine.legal))
-        weight, bias = weight[legal], None if bias is None else bias[legal]
-    head = (weight.float(), None if bias is None else bias.float())
-    hidden = hidden.flatten(0, 1)[index(call.rows)]
-    rows = max(1, MAX_LOGITS // len(weight))
-    if call.rows <= rows:
-        return TreeEngine._logprobs(engine, hidden, index(call.edges), index(call.edges), *head)
-    parts = hidden.split(rows)
-    edges = -(-call.edges // len(parts))
-    return torch.cat(
-        [
-            checkpoint(TreeEngine._logprobs, engine, part, index(edges), index(edges), *head, use_reentrant=False)
-            for part in parts
-        ]
+    rows, column, row = (
+        torch.empty(size, dtype=torch.int64, device=META) for size in (len(call.node), call.edges, call.edges)
     )
+    return engine.head_logprobs(policy.head, hidden.flatten(0, 1)[rows], call.node, column, row)
 
 
 class _Counter(TorchDispatchMode):

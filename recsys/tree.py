@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
@@ -113,21 +113,34 @@ class TreeEngine:
         """
         child, row = self.trie.children(node)
         column = self.trie.tokens[child].long()
-        # Float32 whatever the model computes in: bfloat16 rounds a logit of 20 to steps of 1/8.
-        weight: Tensor = self.policy.head.weight
-        bias: Tensor | None = self.policy.head.bias
         if self.normalization == "trie":
-            weight, bias = weight[self.legal], None if bias is None else bias[self.legal]
             column = self.column[column]
-        head = (weight.float(), None if bias is None else bias.float())
+        return self.head_logprobs(self.policy.head, hidden, node, column, row), child, row
+
+    def head_logprobs(self, head: nn.Linear, hidden: Tensor, node: Tensor, column: Tensor, row: Tensor) -> Tensor:
+        """Return the ``[E]`` log-probabilities of :meth:`child_logprobs`.
+
+        Args:
+            head: The output head. It, and all that follows but ``node``, may be on the ``meta`` device.
+            hidden: ``[R, H]`` hidden states at the nodes.
+            node: ``[R]`` trie nodes.
+            column: ``[E]`` each child's column among those of the head that compete.
+            row: ``[E]`` the row in ``node`` of each child's parent, ascending.
+        """
+        # Float32 whatever the model computes in: bfloat16 rounds a logit of 20 to steps of 1/8.
+        weight: Tensor = head.weight
+        bias: Tensor | None = head.bias
+        if self.normalization == "trie":
+            legal = self.legal.to(weight.device)
+            weight, bias = weight[legal], None if bias is None else bias[legal]
+        whole = (weight.float(), None if bias is None else bias.float())
         rows = max(1, MAX_LOGITS // len(weight))
         if len(node) <= rows:
-            return self._logprobs(hidden, column, row, *head), child, row
+            return self._logprobs(hidden, column, row, *whole)
         # The logits of a chunk are computed again in the backward pass: those of all rows would not fit into memory.
         edges = [int(part.sum()) for part in self.trie.degree(node).split(rows)]
         chunks = zip(hidden.split(rows), column.split(edges), (row % rows).split(edges), strict=True)
-        parts = [checkpoint(self._logprobs, *chunk, *head, use_reentrant=False) for chunk in chunks]
-        return torch.cat(parts), child, row
+        return torch.cat([checkpoint(self._logprobs, *chunk, *whole, use_reentrant=False) for chunk in chunks])
 
     def _logprobs(self, hidden: Tensor, column: Tensor, row: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return ``[E]`` log-probabilities of the columns of the output head at the rows of ``hidden [R, H]``."""

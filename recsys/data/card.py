@@ -30,8 +30,8 @@ def data_card(data: HistoryDataModule) -> dict[str, Any]:
     for tokens in data.item_tokens:
         title_ids[tuple(tokens)] = title_ids.get(tuple(tokens), 0) + 1
     plans = {
-        "windows": (data.window_rows(0), data.window_batch_size, [data.seed, 0]),
-        "rows": (data.train_rows(0), data.batch_size, [data.seed, 0]),
+        "windows": data.training(0, windows=True),
+        "rows": data.training(0, windows=False),
         "validation": (data.evaluation_rows("val"), data.eval_batch_size, None),
         "test": (data.evaluation_rows("test"), data.eval_batch_size, None),
     }

@@ -187,6 +187,11 @@ class HistoryDataModule(LightningDataModule):
             return rows
         return np.random.default_rng([self.seed, epoch]).choice(rows, count, replace=False)
 
+    def training(self, epoch: int, windows: bool) -> tuple[np.ndarray, int, list[int]]:
+        """Rows ``[R]`` of an epoch on windows or on single rows, their batch size, and what determines their order."""
+        rows, batch_size = (self.window_rows, self.window_batch_size) if windows else (self.train_rows, self.batch_size)
+        return rows(epoch), batch_size, [self.seed, epoch]
+
     def batches(
         self,
         rows: np.ndarray,
@@ -212,11 +217,8 @@ class HistoryDataModule(LightningDataModule):
         """The current epoch's windows or rows; a run that resumes inside the epoch continues with the next batch."""
         trainer: Any = self.trainer
         epoch = trainer.current_epoch
-        if trainer.lightning_module.trains_on_windows(epoch):
-            rows, batch_size = self.window_rows(epoch), self.window_batch_size
-        else:
-            rows, batch_size = self.train_rows(epoch), self.batch_size
-        dataset = self._dataset(rows, batch_size, [self.seed, epoch], trainer.global_rank, trainer.world_size)
+        drawn = self.training(epoch, trainer.lightning_module.trains_on_windows(epoch))
+        dataset = self._dataset(*drawn, trainer.global_rank, trainer.world_size)
         return ResumableLoader(dataset, trainer, num_workers=self.num_workers)
 
     def val_dataloader(self) -> DataLoader[Batch]:
