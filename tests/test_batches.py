@@ -1,8 +1,10 @@
 import numpy as np
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recsys.data import plan_batches
+from recsys.types import Batch
 
 
 @settings(deadline=None)
@@ -43,3 +45,17 @@ def test_processes_get_similar_lengths_in_each_step():
     first, second = (plan_batches(np.arange(800), lengths, 8, [0], rank, 2) for rank in range(2))
     gap = [abs(lengths[a].max() - lengths[b].max()) for a, b in zip(first, second, strict=True)]
     assert np.mean(gap) < 10
+
+
+def test_part_of_a_batch_keeps_its_rows_and_drops_their_common_padding():
+    length = torch.tensor([5, 2, 3])
+    tokens = torch.arange(15).view(3, 5) * (torch.arange(5) < length[:, None])
+    titles = torch.arange(6).view(3, 2)
+    batch = Batch(torch.tensor([7, 8, 9]), tokens, length, titles, titles + 1, torch.tensor([1, 2, 3]))
+    for index in (torch.tensor([1, 2]), torch.tensor([False, True, True])):
+        part = batch[index]
+        assert (part.row.tolist(), part.length.tolist(), part.target.tolist()) == ([8, 9], [2, 3], [2, 3])
+        assert torch.equal(part.tokens, tokens[1:, :3])
+        assert torch.equal(part.history, titles[1:])
+        assert torch.equal(part.history_start, titles[1:] + 1)
+    assert batch.tokens.shape == (3, 5)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from recsys.cli import main
 
@@ -82,9 +83,18 @@ def test_fit_then_resume_test_and_predict(small: list[str], tmp_path: Path) -> N
     main(["fit", config, *small, f"--ckpt_path={checkpoint}", "--trainer.max_epochs=3"])
     assert list(tmp_path.glob("checkpoints/*/version_1/last.ckpt"))
     main(["test", config, *small, f"--ckpt_path={checkpoint}"])
+    [ranks] = tmp_path.glob("runs/*/version_2/ranks/test.parquet")
+    rows = pd.read_parquet(ranks)
+    events = EventAccumulator(str(ranks.parents[1])).Reload()
+    for name, mean in {
+        "test": rows["recall@10"].mean(),
+        "test_user_mean": rows.groupby("user_id")["recall@10"].mean().mean(),
+    }.items():
+        assert events.Scalars(f"{name}/recall@10")[-1].value == pytest.approx(mean)
     main(["predict", config, *small, f"--ckpt_path={checkpoint}"])
     frame = pd.read_parquet(tmp_path / "predictions" / "part-000.parquet")
     assert len(frame) == 8
+    assert set(frame["row"]) == set(rows["row"])
     assert frame["row"].is_unique
     for _, row in frame.iterrows():
         assert len(set(row["item_ids"])) == len(row["item_ids"]) == 12

@@ -159,6 +159,13 @@ def test_weights_are_as_large_as_the_real_ones(local_model: str, dtype: str) -> 
     found = weight_bytes(shapes)
     assert found["frozen weights"] == bytes_
     assert found["trained weights"] == sum(p.nbytes for p in real.trainable().values())
+    optimizer = torch.optim.AdamW(real.trainable().values())
+    for parameter in real.trainable().values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    moments = [state[name].nbytes for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    assert found["AdamW's two moments"] == sum(moments)
+    assert found["gradients"] == sum(p.grad.nbytes for p in real.trainable().values())
     assert {n: p.shape for n, p in shapes.trainable().items()} == {n: p.shape for n, p in real.trainable().items()}
     assert nf4_bytes(64 * 256) == 8192 + 256 + 4 + 4 * 273
 

@@ -76,6 +76,16 @@ def test_one_pass_and_cached_scores_equal_full_rows(kind: str, normalization: st
 
 
 @pytest.mark.parametrize("normalization", ["trie", "vocab"])
+def test_a_head_with_a_bias(normalization: str) -> None:
+    engine = make(normalization=normalization)
+    engine.policy.causal_lm.set_output_embeddings(torch.nn.Linear(32, 257))
+    torch.nn.init.normal_(engine.policy.head.bias)
+    items = torch.arange(len(TITLES)).expand(len(PROMPTS), -1)
+    scores, _ = engine.forward(*batch(PROMPTS), items)
+    torch.testing.assert_close(scores, reference(engine), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("normalization", ["trie", "vocab"])
 @pytest.mark.parametrize("chunk", [1, 5, 100])
 def test_exact_scores_of_the_whole_catalogue(normalization: str, chunk: int) -> None:
     engine = make(normalization=normalization)

@@ -45,6 +45,57 @@ def test_trained_groups_include_every_open_gate() -> None:
     assert bool((objective.trains(groups.behaviour) | ~is_open).all())
 
 
+def by_hand(groups: ScoredGroups, row: int, advantages: list[float], clip: float) -> tuple[float, float, float]:
+    """Policy loss, KL estimate and NLL of one group, item by item."""
+    policy = kl = 0.0
+    for j, a in enumerate(advantages):
+        score, old, start = (x[row, j].item() for x in (groups.scores, groups.behaviour, groups.reference))
+        ratio = math.exp(score - old)
+        policy -= min(ratio * a, min(max(ratio, 1 - clip), 1 + clip) * a) / len(advantages)
+        kl += (math.exp(start - score) - (start - score) - 1) / len(advantages)
+    return policy, kl, -groups.scores[row, 0].item()
+
+
+def moved_groups() -> ScoredGroups:
+    groups = random_groups()
+    generator = torch.Generator().manual_seed(1)
+    groups.scores += 0.3 * torch.randn(groups.scores.shape, generator=generator).double()
+    groups.reference = groups.behaviour + 0.3 * torch.randn(groups.scores.shape, generator=generator).double()
+    return groups
+
+
+@pytest.mark.parametrize("objective", [GRPO, TAWin])
+def test_the_terms_of_a_policy_loss_have_their_weights(objective: type[GRPO]) -> None:
+    groups = moved_groups()
+    found = objective(clip=0.1, kl_coef=0.3, nll_coef=0.7).loss(groups)
+    advantages = objective().advantages(groups)
+    for row in range(len(groups.scores)):
+        policy, kl, nll = by_hand(groups, row, advantages[row].tolist(), clip=0.1)
+        assert found["loss"][row].item() == pytest.approx(policy + 0.3 * kl + 0.7 * nll, rel=1e-9)
+        assert (found["policy_loss"][row].item(), found["kl"][row].item()) == pytest.approx((policy, kl), rel=1e-9)
+
+
+def test_the_gate_alone_decides_which_groups_get_advantages() -> None:
+    groups = moved_groups()
+    gated, free = TAWin().loss(groups), TAWin(gate="none").loss(groups)
+    rank = 1 + (groups.scores[:, 1:] > groups.scores[:, :1]).sum(1)
+    at_window = (rank > 2) & (rank <= 6)  # of the negatives 3 to 5
+    assert torch.equal(gated["signal"].bool(), at_window)
+    assert torch.equal(gated["gate_open"].bool(), at_window)
+    assert bool(free["signal"].all())
+    assert torch.equal(free["gate_open"].bool(), at_window)
+    assert 0 < at_window.sum() < len(rank)
+
+
+def test_softmax_dpo_has_its_scale_and_its_nll_term() -> None:
+    groups = moved_groups()
+    found = SoftmaxDPO(beta=0.4, nll_coef=0.7).loss(groups)["loss"]
+    for row in range(len(found)):
+        x = (0.4 * (groups.scores - groups.reference)[row]).exp()
+        want = -math.log(x[0] / x.sum()) - 0.7 * groups.scores[row, 0].item()
+        assert found[row].item() == pytest.approx(want, rel=1e-9)
+
+
 class Steps(Callback):
     """Counts the rows that the model scores in training steps, and keeps what is logged."""
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from gguf import GGUFReader, dequantize
+from transformers import AutoTokenizer
 
 from recsys.assets import SMOLLM2
 from recsys.policy import LLMPolicy, Lora, TinyPolicy, byte_tokenizer, compute_dtype
@@ -120,6 +121,18 @@ def test_byte_tokenizer_is_one_token_per_byte_and_reversible(text: str) -> None:
     ids = tokenizer(text, add_special_tokens=False).input_ids
     assert len(ids) == len(text.encode())
     assert tokenizer.decode(ids) == text
+
+
+def test_a_small_policy_takes_the_tokenizer_of_a_model(local_model: str) -> None:
+    names = AutoTokenizer.from_pretrained(local_model)
+    names.add_tokens(["Toy Story"])
+    folder = Path(local_model) / "words"
+    names.save_pretrained(folder)
+    policy = TinyPolicy(hidden_size=32, tokenizer=str(folder))
+    [token] = policy.tokenizer("Toy Story", add_special_tokens=False).input_ids
+    assert token == names.convert_tokens_to_ids("Toy Story") >= 257  # beyond those of single bytes
+    policy.build(CPU)
+    assert policy.head.weight.shape == (len(names), 32)
 
 
 def test_auto_dtype_needs_hardware_that_computes_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:

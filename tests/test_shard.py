@@ -89,7 +89,9 @@ class Watch(Callback):
                 assert module.engine.token_rows > before
                 assert torch.equal(alone.items, both.items)
                 torch.testing.assert_close(alone.scores, both.scores)
+                module.engine.score(prompt, batch.target[:, None])
             else:
+                module.engine.wait()
                 module.engine.wait()
 
 
