@@ -226,4 +226,4 @@ def interval(difference: np.ndarray) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    jsonargparse.auto_cli(main)
+    jsonargparse.auto_cli(main, as_positional=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import runpy
 import shutil
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 
 from recsys.data import HistoryDataModule, PromptTemplate, Table
 
@@ -121,6 +123,19 @@ def test_compare_tunes_on_validation_shares_the_warm_start_and_repeats_no_run(
     shutil.rmtree("runs/sweep/SFT")  # its checkpoints would be taken for those of the run that repeats it
     with pytest.raises(SystemExit, match="checkpoints/sweep/SFT/lr1e-09/seed3/version_0: left by"):
         main(fit, {"SFT": sft}, "runs/sweep", **options)
+
+
+def test_compare_takes_another_folder_and_further_arguments(benchmark_main, monkeypatch: pytest.MonkeyPatch, capsys):
+    benchmark_main("compare")
+    folder = Path(__file__).parents[1] / "benchmarks"
+    command = ["compare.py", f"--config={folder / 'objectives.yaml'}", "--out=runs/x", "--fit+=--data=y.yaml"]
+    monkeypatch.setattr(sys, "argv", [*command, "--print_config"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(folder / "compare.py"), run_name="__main__")
+    assert ended.value.code == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert config["out"] == "runs/x"
+    assert config["fit"] == [*yaml.safe_load((folder / "objectives.yaml").read_text())["fit"], "--data=y.yaml"]
 
 
 def test_compare_marks_differences_whose_interval_excludes_zero(benchmark_main):
