@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -178,7 +178,7 @@ def parallel(function: Callable[[T], None], tasks: Iterable[T], jobs: int) -> No
     with ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(function, task) for task in tasks]
         try:
-            for future in futures:
+            for future in as_completed(futures):
                 future.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)

@@ -36,8 +36,6 @@ from recsys.functional import (
     policy_loss,
     tawin_advantages,
     window_around,
-    window_bounds,
-    window_weights,
 )
 
 matplotlib.use("Agg")
@@ -48,6 +46,7 @@ N = M - 1  # negatives of a user
 BEAM = 64  # negatives of a group, more where a window needs them
 COLUMNS = ["R@1", "R@5", "R@10", "R@20", "R@50", "R@100", "N@10", "AUC"]
 
+Gate = Literal["threshold", "sigmoid", "none"]
 Policy = list[Tensor]  # A [S, FEATURES, RANK] and V [S, RANK, M] of S worlds at once
 Advantages = Callable[[Tensor, Tensor, float], Tensor]  # scores [B, G], relevance [B, G], progress in [0, 1) -> [B, G]
 
@@ -75,8 +74,9 @@ def windowed(name: str, k: int, half_width: float, advantages: Advantages, gated
     return Objective(f"{name}, K={k}", f"R@{k}", advantages, max(BEAM, last + 1), ranks=ranks)
 
 
-def tawin(k: int, half_width: float, gate: Literal["threshold", "none"] = "threshold") -> Advantages:
-    return lambda scores, relevance, _: tawin_advantages(scores, relevance, *window_around(k, half_width, N), N, gate)
+def tawin(k: int, half_width: float, gate: Gate = "threshold", temperature: float = 1.0) -> Advantages:
+    window = window_around(k, half_width, N)
+    return lambda scores, relevance, _: tawin_advantages(scores, relevance, *window, N, gate, temperature)
 
 
 def narrowing(k: int, widest: float, narrowest: float) -> Advantages:
@@ -141,19 +141,6 @@ def per_score(k: int, half_width: float) -> Advantages:
     return advantages
 
 
-def sigmoid_pairs(k: int, half_width: float, tau: float) -> Advantages:
-    """The gradient of sum_j w_j sigmoid((s+ - s_j) / tau): each pair has a gate of its own."""
-
-    def advantages(scores: Tensor, relevance: Tensor, progress: float) -> Tensor:
-        a, b = window_bounds(*window_around(k, half_width, N), N)
-        weights = window_weights(scores.masked_fill(relevance, -torch.inf), a, b).to(scores.dtype) / (b - a)
-        win = torch.sigmoid((scores[:, :1] - scores) / tau)
-        pairs = weights * win * (1 - win)
-        return torch.where(relevance, pairs.sum(dim=1, keepdim=True), -pairs)
-
-    return advantages
-
-
 def objectives(table: str) -> list[Objective]:
     if table == "main":
         return [
@@ -178,8 +165,8 @@ def objectives(table: str) -> list[Objective]:
                 windowed("gate per score", k, half, per_score(k, half), gated=True),
                 windowed("Gaussian gate", k, half, gaussian_gate(k, half)),
                 windowed("rank gate", k, half, rank_gate(k, half)),
-                windowed("sigmoid 0.1", k, half, sigmoid_pairs(k, half, 0.1)),
-                windowed("sigmoid 0.3", k, half, sigmoid_pairs(k, half, 0.3)),
+                windowed("sigmoid 0.1", k, half, tawin(k, half, "sigmoid", 0.1)),
+                windowed("sigmoid 0.3", k, half, tawin(k, half, "sigmoid", 0.3)),
             ]
     return rows
 

@@ -111,7 +111,8 @@ def tawin_climbs_wpauc(groups: int, total: int, k: int, half_width: int, sigma: 
     beam = scores.masked_fill(relevance, torch.inf).topk(65, dim=1).indices  # the positive and its 64 best negatives
     objectives: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "TAWin": lambda s, r: tawin_advantages(s, r, alpha, d, total),
-        "TAWin without its gate": lambda s, r: tawin_advantages(s, r, alpha, d, total, gate="none"),
+        "with the sigmoid gate": lambda s, r: tawin_advantages(s, r, alpha, d, total, "sigmoid", sigma / 1.7),
+        "without a gate": lambda s, r: tawin_advantages(s, r, alpha, d, total, gate="none"),
         "GRPO on 64 beam negatives": lambda s, r: group_advantages(r.double()),
     }
     cosines = []

@@ -16,6 +16,8 @@ from recsys.functional import window_bounds
 from recsys.module import Recommender
 from recsys.objectives import GroupObjective, TAWin
 from recsys.search import beam_search
+from recsys.tree import PromptCache, TreeEngine
+from recsys.trie import Trie
 from recsys.types import Batch, Groups, UserError
 
 
@@ -129,30 +131,32 @@ class BeamNegatives(Callback):
 
     def groups_of(self, module: Recommender, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Return the items and scores ``[B, G]`` of a batch's groups, and whether the search found the positive."""
-        prompt = module.engine.prefill(batch.tokens, batch.length)
-        negatives, found = self._negatives(module, prompt, batch.target, generator)
-        items = torch.cat([batch.target[:, None], negatives], 1)
-        return items, module.engine.score(prompt, items), found
+        engine, target = module.engine, batch.target[:, None]
+        prompt = engine.prefill(batch.tokens, batch.length)
+        best, best_scores, found = self._best(engine, prompt, target)
+        drawn = self._draw(engine.trie, target, best, generator)
+        scores = engine.score(prompt, torch.cat([target, drawn], 1))  # the search has those of the best
+        items = torch.cat([target, best, drawn], 1)
+        return items, torch.cat([scores[:, :1], best_scores, scores[:, 1:]], 1), found
 
-    def _negatives(
-        self, module: Recommender, prompt: Any, target: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """Return n negatives ``[B, n]``, and whether the search found the positive ``[B]``."""
-        engine, trie = module.engine, module.engine.trie
-        negatives = target.new_zeros(len(target), 0)
-        found = torch.zeros_like(target, dtype=torch.bool)
-        if self.num_beam:
-            ranking = beam_search(engine, prompt, self.num_beam + trie.max_duplicates)
-            found = ((ranking.items == target[:, None]) & ranking.valid).any(1)
-            other = ranking.valid & (trie.leaf[ranking.items] != trie.leaf[target][:, None])
-            best = other.int().argsort(dim=1, descending=True, stable=True)[:, : self.num_beam]
-            negatives = ranking.items.gather(1, best)
-        if self.num_beam < self.num_negatives:
-            key = torch.rand(len(target), trie.num_items, device=target.device, generator=generator)
-            key = key.masked_fill(trie.leaf == trie.leaf[target][:, None], -1).scatter(1, negatives, -1.0)
-            uniform = key.topk(self.num_negatives - self.num_beam).indices
-            negatives = torch.cat([negatives, uniform], 1)
-        return negatives, found
+    def _best(self, engine: TreeEngine, prompt: PromptCache, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the policy's best negatives ``[B, num_beam]``, their scores, and whether it found the positive."""
+        trie, none = engine.trie, target[:, :0]
+        if not self.num_beam:
+            return none, none.float(), none.any(1)
+        ranking = beam_search(engine, prompt, self.num_beam + trie.max_duplicates)
+        found = ((ranking.items == target) & ranking.valid).any(1)
+        other = ranking.valid & (trie.leaf[ranking.items] != trie.leaf[target])
+        place = other.int().argsort(dim=1, descending=True, stable=True)[:, : self.num_beam]
+        return ranking.items.gather(1, place), ranking.scores.gather(1, place), found
+
+    def _draw(self, trie: Trie, target: Tensor, best: Tensor, generator: torch.Generator) -> Tensor:
+        """Return uniform negatives that are not among the best, ``[B, num_negatives - num_beam]``."""
+        if self.num_beam == self.num_negatives:
+            return target[:, :0]
+        key = torch.rand(len(target), trie.num_items, device=target.device, generator=generator)
+        key = key.masked_fill(trie.leaf == trie.leaf[target], -1).scatter(1, best, -1.0)
+        return key.topk(self.num_negatives - self.num_beam).indices
 
     def _reference(self, trainer: Trainer, module: Recommender, groups: Groups) -> Tensor:
         """Return the groups' log-probabilities ``[R, G]`` under the policy at the first refresh."""

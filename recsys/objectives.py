@@ -16,6 +16,7 @@ from recsys.functional import (
     softmax_dpo_loss,
     tawin_advantages,
 )
+from recsys.types import UserError
 
 
 class Objective:
@@ -109,6 +110,8 @@ class GRPO(GroupObjective):
         nll_coef: float = 0.0,
     ) -> None:
         super().__init__(learning_rate, inject_positive, nll_coef)
+        if clip <= 0:
+            raise UserError(f"{type(self).__name__}: clip must be greater than 0, but it is {clip:g}")
         self.clip = clip
         self.kl_coef = kl_coef
         self.needs_reference = kl_coef != 0
@@ -140,7 +143,9 @@ class TAWin(GRPO):
 
     Args:
         learning_rate: Peak learning rate of the phase.
-        gate: ``threshold`` trains a group only where its positive lies at the window; ``none`` only reweights.
+        gate: ``threshold`` trains a group only where its positive lies at the window; ``sigmoid`` gives each pair of
+            the positive and a negative a weight that falls with their distance; ``none`` only reweights.
+        temperature: Distance, in nats, over which the weights of ``sigmoid`` fall, > 0.
         inject_positive: Train also the groups whose positive was below all of the negatives when these were found.
             The gate of most of them is shut; without them an epoch costs a fraction.
         clip: How far the importance ratio may leave 1 and still earn, > 0.
@@ -151,18 +156,23 @@ class TAWin(GRPO):
     def __init__(
         self,
         learning_rate: float = 1e-4,
-        gate: Literal["threshold", "none"] = "threshold",
+        gate: Literal["threshold", "sigmoid", "none"] = "threshold",
+        temperature: float = 1.0,
         inject_positive: bool = False,
         clip: float = 0.2,
         kl_coef: float = 0.0,
         nll_coef: float = 0.0,
     ) -> None:
         super().__init__(learning_rate, inject_positive, clip, kl_coef, nll_coef)
-        self.gate: Literal["threshold", "none"] = gate
+        if temperature <= 0:
+            raise UserError(f"TAWin: temperature must be greater than 0, but it is {temperature:g}")
+        self.gate: Literal["threshold", "sigmoid", "none"] = gate
+        self.temperature = temperature
 
     def advantages(self, groups: ScoredGroups) -> Tensor:
         """Return the advantages ``[B, G]``, see :func:`recsys.functional.tawin_advantages`."""
-        return tawin_advantages(groups.scores.detach(), groups.relevance, *groups.window, self.gate)
+        scores = groups.scores.detach()
+        return tawin_advantages(scores, groups.relevance, *groups.window, self.gate, self.temperature)
 
     def loss(self, groups: ScoredGroups) -> dict[str, Tensor]:
         """As GRPO's, and whether the gates are open."""
@@ -179,7 +189,7 @@ class SoftmaxDPO(GroupObjective):
         learning_rate: Peak learning rate of the phase.
         inject_positive: Train also the groups whose positive was below all of the negatives when these were found.
             Without, such a group costs no pass through the model, and has no part in any term of the loss.
-        beta: Scale of the log-ratios to the reference; the larger, the nearer the policy stays to it.
+        beta: Scale of the log-ratios to the reference, > 0; the larger, the nearer the policy stays to it.
         nll_coef: Weight of the positive's negative log-likelihood.
     """
 
@@ -189,6 +199,8 @@ class SoftmaxDPO(GroupObjective):
         self, learning_rate: float = 1e-4, inject_positive: bool = True, beta: float = 1.0, nll_coef: float = 0.0
     ) -> None:
         super().__init__(learning_rate, inject_positive, nll_coef)
+        if beta <= 0:
+            raise UserError(f"SoftmaxDPO: beta must be greater than 0, but it is {beta:g}")
         self.beta = beta
 
     def loss(self, groups: ScoredGroups) -> dict[str, Tensor]:

@@ -102,7 +102,7 @@ def test_negatives_are_weighed_by_their_place_in_the_window(a: float, b: float, 
             assert advantage == pytest.approx(want, abs=1e-9)
 
 
-@pytest.mark.parametrize("gate", ["none", "threshold"])
+@pytest.mark.parametrize("gate", ["none", "sigmoid", "threshold"])
 def test_groups_sum_to_zero(gate: str) -> None:
     scores, relevance = groups(60, 19)
     scores[::3] = (scores[::3] / 3).floor()  # ties in every third group
@@ -160,18 +160,48 @@ def test_a_step_along_gated_advantages_raises_wpauc_and_spares_shut_groups() -> 
     assert after[is_open].mean() > before[is_open].mean() + 0.1
 
 
+@pytest.mark.parametrize("temperature", [0.1, 1.0, 7.0])
+def test_sigmoid_gate_is_the_gradient_of_a_smoothed_wpauc(temperature: float) -> None:
+    torch.manual_seed(4)
+    n, total, a, b = 12, 300, 2.5, 7
+    scores = torch.randn(30, n + 1).double().requires_grad_()
+    relevance = torch.zeros(30, n + 1)
+    relevance[:, 0] = 1
+    smoothed = torch.zeros(())
+    for row in range(30):
+        ranked = scores[row, 1:].sort(descending=True).values
+        for j, score in enumerate(ranked, start=1):
+            weight = max(0.0, min(j, b) - max(j - 1, a)) / (b - a)
+            smoothed = smoothed + weight * torch.sigmoid((scores[row, 0] - score) / temperature)
+    (want,) = torch.autograd.grad(smoothed, scores)
+    got = tawin_advantages(scores, relevance, a / total, (b - a) / total, total, "sigmoid", temperature)
+    torch.testing.assert_close(got, want * 4 * temperature * math.sqrt(n), rtol=1e-9, atol=1e-12)
+
+
+def test_sigmoid_gate_opens_with_the_temperature_and_shuts_without() -> None:
+    scores, relevance = groups(48, 15)
+    window = (2 / 100, 4 / 100, 100)
+    hot = tawin_advantages(scores, relevance, *window, "sigmoid", 1e6)
+    free = tawin_advantages(scores, relevance, *window, "none")
+    torch.testing.assert_close(hot, free, rtol=1e-9, atol=1e-9)
+    cold = tawin_advantages(scores, relevance, *window, "sigmoid", 0.05)  # whole scores: the nearest is 1 away
+    assert cold.abs().max() < 1e-6
+
+
 def test_position_of_the_items_does_not_matter() -> None:
     scores, relevance = groups(10, 15)
     order = torch.randperm(16, generator=torch.Generator().manual_seed(3))
-    want = tawin_advantages(scores, relevance, 0.02, 0.05, 100)
-    assert torch.equal(tawin_advantages(scores[:, order], relevance[:, order], 0.02, 0.05, 100), want[:, order])
+    for gate in ("none", "sigmoid", "threshold"):
+        want = tawin_advantages(scores, relevance, 0.02, 0.05, 100, gate)
+        got = tawin_advantages(scores[:, order], relevance[:, order], 0.02, 0.05, 100, gate)
+        torch.testing.assert_close(got, want[:, order], rtol=0, atol=1e-12)
 
 
 def test_padding_of_a_group_gets_nothing_and_changes_nothing() -> None:
     scores, relevance = groups(10, 15)
     padded = torch.cat([scores, torch.full((10, 2), -torch.inf, dtype=torch.double)], dim=1)
     marks = torch.cat([relevance, torch.zeros(10, 2, dtype=torch.bool)], dim=1)
-    for gate in ("none", "threshold"):
+    for gate in ("none", "sigmoid", "threshold"):
         got = tawin_advantages(padded, marks, 0.02, 0.05, 100, gate=gate)
         assert torch.equal(got[:, :16], tawin_advantages(scores, relevance, 0.02, 0.05, 100, gate=gate))
         assert not got[:, 16:].any()
@@ -187,8 +217,10 @@ def test_no_gradient_and_dtype(dtype: torch.dtype) -> None:
 
 def test_wrong_input_is_refused() -> None:
     scores, relevance = groups(4, 7)
-    with pytest.raises(ValueError, match='gate must be "none" or "threshold"'):
+    with pytest.raises(ValueError, match='gate must be "none", "sigmoid" or "threshold"'):
         tawin_advantages(scores, relevance, 0, 0.5, 7, gate="soft")
+    with pytest.raises(ValueError, match="temperature must be greater than 0, got 0"):
+        tawin_advantages(scores, relevance, 0, 0.5, 7, "sigmoid", 0)
     two = relevance.clone()
     two[2] = torch.tensor([1, 1, 0, 0, 0, 0, 0, 0])
     for function in (tawin_advantages, gate_open):

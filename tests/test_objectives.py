@@ -11,6 +11,7 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 from recsys.objectives import GRPO, GroupObjective, ScoredGroups, SoftmaxDPO, TAWin
+from recsys.types import UserError
 from tests.conftest import Run
 
 
@@ -85,6 +86,24 @@ def test_the_gate_alone_decides_which_groups_get_advantages() -> None:
     assert bool(free["signal"].all())
     assert torch.equal(free["gate_open"].bool(), at_window)
     assert 0 < at_window.sum() < len(rank)
+
+
+def test_the_sigmoid_gate_has_the_temperature_that_was_given() -> None:
+    groups = moved_groups()
+    gap = groups.scores[:, :1] - groups.scores[:, 1:]
+    found = TAWin(gate="sigmoid", temperature=0.3).advantages(groups)[:, 1:]
+    free = TAWin(gate="none").advantages(groups)[:, 1:]
+    torch.testing.assert_close(found, free / torch.cosh(gap / 0.6) ** 2)  # 4 p (1 - p) = 1 / cosh(x / 2)^2
+    assert bool((found != 0).any())
+
+
+@pytest.mark.parametrize(
+    ("objective", "key"), [(TAWin, "temperature"), (TAWin, "clip"), (GRPO, "clip"), (SoftmaxDPO, "beta")]
+)
+@pytest.mark.parametrize("value", [0.0, -1.0])
+def test_a_scale_that_is_not_positive_is_refused_before_anything_starts(objective, key: str, value: float) -> None:
+    with pytest.raises(UserError, match=f"{objective.__name__}: {key} must be greater than 0, but it is {value:g}"):
+        objective(**{key: value})
 
 
 def test_softmax_dpo_has_its_scale_and_its_nll_term() -> None:

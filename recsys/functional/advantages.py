@@ -85,7 +85,8 @@ def tawin_advantages(
     alpha: float,
     d: float,
     num_negatives: int | Tensor | None,
-    gate: Literal["none", "threshold"] = "threshold",
+    gate: Literal["none", "sigmoid", "threshold"] = "threshold",
+    temperature: float = 1.0,
 ) -> Tensor:
     """TAWin's advantages: GRPO's, with each negative weighed by its place in the window (definition: arXiv 2604.22504).
 
@@ -96,6 +97,9 @@ def tawin_advantages(
     The linear surrogate pushes pairs that are already right or hopelessly wrong as hard as those at the cut-off.
     ``gate="threshold"`` therefore sets all advantages of a group to 0 unless its positive lies at the window (see
     :func:`gate_open`); ``gate="none"`` leaves the reweighting alone. From a cold start the gate is almost always shut.
+    ``gate="sigmoid"`` gives each pair a gate of its own, which closes gradually: w_j times 4 p (1 - p) with
+    p = sigmoid((s+ - s_j) / temperature), and A+ = -sum_j A_j. That is the gradient of sum_j w_j p, a smoothed WPAUC,
+    scaled so that a pair of equal scores has the weight it has without a gate, as all pairs have at high temperatures.
 
     Args:
         scores: [B, G], the current log-probabilities of the items, -inf = padding of the group; no gradient is taken.
@@ -103,23 +107,29 @@ def tawin_advantages(
         alpha: false positive rate at which the window starts, in [0, 1).
         d: width of the window in false positive rates, in (0, 1 - alpha].
         num_negatives: N, one number or one per row [B]; None if the group lists all negatives.
-        gate: "threshold" or "none".
+        gate: "threshold", "sigmoid" or "none".
+        temperature: scale of score differences for "sigmoid", > 0.
 
     Returns:
         [B, G], float64 for float64 scores, else float32; padding has 0.
 
     Raises:
-        ValueError: ``gate`` is neither; a row has not exactly one positive; or as
+        ValueError: ``gate`` is none of these; ``temperature`` <= 0; a row has not exactly one positive; or as
             :func:`~recsys.functional.partial_auc.windowed_partial_auc`.
     """
-    if gate not in ("none", "threshold"):
-        raise ValueError(f'gate must be "none" or "threshold", got {gate!r}')
+    if gate not in ("none", "sigmoid", "threshold"):
+        raise ValueError(f'gate must be "none", "sigmoid" or "threshold", got {gate!r}')
+    if not temperature > 0:
+        raise ValueError(f"temperature must be greater than 0, got {temperature}")
     group = place_candidates(scores, relevance, alpha, d, num_negatives, one_positive=True)
     weights = window_weights(group.scores.masked_fill(group.positive, -torch.inf), group.a, group.b)  # [B, G]
     n = group.listed.double()  # [B]
-    mean_one = weights * (n / (group.b - group.a))[:, None]
-    root = n.sqrt()[:, None]
-    advantages = torch.where(group.positive, root, -mean_one / root)
+    pairs = weights * (n / (group.b - group.a))[:, None]  # mean 1 over the negatives
+    if gate == "sigmoid":
+        own = group.scores.masked_fill(~group.positive, 0).sum(dim=1, keepdim=True)  # [B, 1] s+
+        p = torch.sigmoid((own - group.scores).double() / temperature)
+        pairs = pairs * 4 * p * (1 - p)
+    advantages = torch.where(group.positive, pairs.sum(dim=1, keepdim=True), -pairs) / n.sqrt()[:, None]
     if gate == "threshold":
         advantages = advantages * _at_window(group)[:, None]
     return advantages.to(group.scores.dtype)
