@@ -6,6 +6,7 @@ import importlib
 import runpy
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -136,6 +137,21 @@ def test_compare_takes_another_folder_and_further_arguments(benchmark_main, monk
     config = yaml.safe_load(capsys.readouterr().out)
     assert config["out"] == "runs/x"
     assert config["fit"] == [*yaml.safe_load((folder / "objectives.yaml").read_text())["fit"], "--data=y.yaml"]
+
+
+def test_compare_starts_nothing_after_a_failure(benchmark_main):
+    benchmark_main("compare")
+    started: list[int] = []
+
+    def run(task: int) -> None:
+        started.append(task)
+        if task == 1:
+            raise SystemExit("the run failed")
+        time.sleep(1.0 if task == 0 else 0.1)
+
+    with pytest.raises(SystemExit, match="the run failed"):
+        sys.modules["compare"].parallel(run, range(10), jobs=2)
+    assert set(started) <= {0, 1, 2, 3}  # the failed run's place may be filled before the others are called off
 
 
 def test_compare_marks_differences_whose_interval_excludes_zero(benchmark_main):
