@@ -50,11 +50,11 @@ def test_groups_hold_the_positive_first_and_different_negatives_with_other_title
             assert TITLES[items[0]] not in [TITLES[i] for i in items[1:]]
 
 
-def test_behaviour_is_the_policys_log_probability_and_beams_are_its_best(tables, tmp_path) -> None:
+@pytest.mark.parametrize(("mode", "beams"), [("beam", 8), ("mixed", 4), ("random", 0)])
+def test_behaviour_is_the_policys_log_probability_and_beams_are_its_best(tables, tmp_path, mode, beams) -> None:
     """Against a full row through the model for every item of the catalogue."""
-    run = Run(
-        tables, tmp_path, model={"objective": GRPO(learning_rate=0.0), "warm_start_epochs": 0}, max_epochs=1
-    ).fit()
+    model = {"objective": GRPO(learning_rate=0.0), "warm_start_epochs": 0}
+    run = Run(tables, tmp_path, model=model, max_epochs=1, negatives={"mode": mode}).fit()
     groups, policy = run.model.groups, run.model.policy.eval()
     for index in range(0, len(groups.row), 8):
         row = groups.row[index].item()
@@ -64,8 +64,8 @@ def test_behaviour_is_the_policys_log_probability_and_beams_are_its_best(tables,
         items = groups.items[index]
         torch.testing.assert_close(groups.behaviour[index], scores[items], atol=1e-4, rtol=1e-4)
         same_title = torch.tensor([title == TITLES[items[0]] for title in TITLES])
-        best = scores.masked_fill(same_title, -torch.inf).topk(8).values
-        torch.testing.assert_close(scores[items[1:]], best, atol=1e-4, rtol=1e-4)
+        best = scores.masked_fill(same_title, -torch.inf).topk(beams).values
+        torch.testing.assert_close(scores[items[1 : 1 + beams]], best, atol=1e-4, rtol=1e-4)
 
 
 def test_refresh_every_n_epochs_covers_the_epochs_between(tables, tmp_path) -> None:
