@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
+from callbacks import BeamNegatives
 from recsys.objectives import GRPO
 from recsys.types import Groups
 from tests.conftest import TITLES, Run
@@ -66,6 +67,20 @@ def test_behaviour_is_the_policys_log_probability_and_beams_are_its_best(tables,
         same_title = torch.tensor([title == TITLES[items[0]] for title in TITLES])
         best = scores.masked_fill(same_title, -torch.inf).topk(beams).values
         torch.testing.assert_close(scores[items[1 : 1 + beams]], best, atol=1e-4, rtol=1e-4)
+
+
+def test_found_says_whether_the_positive_is_among_the_best(tables, tmp_path) -> None:
+    model = {"objective": GRPO(learning_rate=0.0), "warm_start_epochs": 0}
+    run = Run(tables, tmp_path, model=model, max_epochs=1).fit()
+    policy, trie = run.model.policy.eval(), run.model.engine.trie
+    [batch] = run.data.batches(run.data.train_rows(0), 32)
+    _, _, found = BeamNegatives(4).groups_of(run.model, batch, torch.Generator())
+    beams = 4 + trie.max_duplicates
+    for tokens, length, target, was_found in zip(batch.tokens, batch.length, batch.target, found, strict=True):
+        with torch.no_grad():
+            scores = all_logprobs(policy, tokens[:length].tolist(), run.data.item_tokens, "trie")
+        assert bool(was_found) == bool((scores > scores[target] + 1e-4).sum() < beams)
+    assert 0 < found.sum() < 32
 
 
 def test_refresh_every_n_epochs_covers_the_epochs_between(tables, tmp_path) -> None:
