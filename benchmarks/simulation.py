@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from recsys.functional import (
+    Gate,
     gate_open,
     group_advantages,
     policy_loss,
@@ -46,7 +47,6 @@ N = M - 1  # negatives of a user
 BEAM = 64  # negatives of a group, more where a window needs them
 COLUMNS = ["R@1", "R@5", "R@10", "R@20", "R@50", "R@100", "N@10", "AUC"]
 
-Gate = Literal["threshold", "sigmoid", "none"]
 Policy = list[Tensor]  # A [S, FEATURES, RANK] and V [S, RANK, M] of S worlds at once
 Advantages = Callable[[Tensor, Tensor, float], Tensor]  # scores [B, G], relevance [B, G], progress in [0, 1) -> [B, G]
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from recsys.functional import (
+    Gate,
     gate_open,
     group_advantages,
     kl_divergence,
@@ -75,6 +75,12 @@ class GroupObjective(Objective):
         self.inject_positive = inject_positive
         self.nll_coef = nll_coef
 
+    def _positive(self, name: str, value: float) -> float:
+        """Return ``value``; raise a UserError unless it is above 0."""
+        if not value > 0:
+            raise UserError(f"{type(self).__name__}: {name} must be greater than 0, but it is {value:g}")
+        return value
+
     def trains(self, behaviour: Tensor) -> Tensor:
         """Return ``[B]`` bool: which groups are trained, from their ``behaviour [B, G]``."""
         found = behaviour[:, 0] >= behaviour[:, 1:].amin(1)
@@ -110,9 +116,7 @@ class GRPO(GroupObjective):
         nll_coef: float = 0.0,
     ) -> None:
         super().__init__(learning_rate, inject_positive, nll_coef)
-        if clip <= 0:
-            raise UserError(f"{type(self).__name__}: clip must be greater than 0, but it is {clip:g}")
-        self.clip = clip
+        self.clip = self._positive("clip", clip)
         self.kl_coef = kl_coef
         self.needs_reference = kl_coef != 0
 
@@ -156,7 +160,7 @@ class TAWin(GRPO):
     def __init__(
         self,
         learning_rate: float = 1e-4,
-        gate: Literal["threshold", "sigmoid", "none"] = "threshold",
+        gate: Gate = "threshold",
         temperature: float = 1.0,
         inject_positive: bool = False,
         clip: float = 0.2,
@@ -164,10 +168,8 @@ class TAWin(GRPO):
         nll_coef: float = 0.0,
     ) -> None:
         super().__init__(learning_rate, inject_positive, clip, kl_coef, nll_coef)
-        if temperature <= 0:
-            raise UserError(f"TAWin: temperature must be greater than 0, but it is {temperature:g}")
-        self.gate: Literal["threshold", "sigmoid", "none"] = gate
-        self.temperature = temperature
+        self.gate: Gate = gate
+        self.temperature = self._positive("temperature", temperature)
 
     def advantages(self, groups: ScoredGroups) -> Tensor:
         """Return the advantages ``[B, G]``, see :func:`recsys.functional.tawin_advantages`."""
@@ -199,9 +201,7 @@ class SoftmaxDPO(GroupObjective):
         self, learning_rate: float = 1e-4, inject_positive: bool = True, beta: float = 1.0, nll_coef: float = 0.0
     ) -> None:
         super().__init__(learning_rate, inject_positive, nll_coef)
-        if beta <= 0:
-            raise UserError(f"SoftmaxDPO: beta must be greater than 0, but it is {beta:g}")
-        self.beta = beta
+        self.beta = self._positive("beta", beta)
 
     def loss(self, groups: ScoredGroups) -> dict[str, Tensor]:
         """Return the loss and its NLL term, see :func:`recsys.functional.softmax_dpo_loss`."""

@@ -147,7 +147,7 @@ def test_compare_starts_nothing_after_a_failure(benchmark_main):
         started.append(task)
         if task == 1:
             raise SystemExit("the run failed")
-        time.sleep(1.0 if task == 0 else 0.1)
+        time.sleep(1.5 if task == 0 else 0.3)
 
     with pytest.raises(SystemExit, match="the run failed"):
         sys.modules["compare"].parallel(run, range(10), jobs=2)

@@ -23,7 +23,9 @@ from torch import Tensor
 
 from recsys.functional.partial_auc import PlacedCandidates, place_candidates, window_weights
 
-__all__ = ["gate_open", "group_advantages", "tawin_advantages"]
+__all__ = ["Gate", "gate_open", "group_advantages", "tawin_advantages"]
+
+Gate = Literal["threshold", "sigmoid", "none"]
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
@@ -85,7 +87,7 @@ def tawin_advantages(
     alpha: float,
     d: float,
     num_negatives: int | Tensor | None,
-    gate: Literal["none", "sigmoid", "threshold"] = "threshold",
+    gate: Gate = "threshold",
     temperature: float = 1.0,
 ) -> Tensor:
     """TAWin's advantages: GRPO's, with each negative weighed by its place in the window (definition: arXiv 2604.22504).
@@ -124,12 +126,13 @@ def tawin_advantages(
     group = place_candidates(scores, relevance, alpha, d, num_negatives, one_positive=True)
     weights = window_weights(group.scores.masked_fill(group.positive, -torch.inf), group.a, group.b)  # [B, G]
     n = group.listed.double()  # [B]
-    pairs = weights * (n / (group.b - group.a))[:, None]  # mean 1 over the negatives
+    pairs, total = weights * (n / (group.b - group.a))[:, None], n[:, None]  # pairs: mean 1 over the negatives
     if gate == "sigmoid":
         own = group.scores.masked_fill(~group.positive, 0).sum(dim=1, keepdim=True)  # [B, 1] s+
         p = torch.sigmoid((own - group.scores).double() / temperature)
         pairs = pairs * 4 * p * (1 - p)
-    advantages = torch.where(group.positive, pairs.sum(dim=1, keepdim=True), -pairs) / n.sqrt()[:, None]
+        total = pairs.sum(dim=1, keepdim=True)
+    advantages = torch.where(group.positive, total, -pairs) / n.sqrt()[:, None]
     if gate == "threshold":
         advantages = advantages * _at_window(group)[:, None]
     return advantages.to(group.scores.dtype)
