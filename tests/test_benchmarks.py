@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import runpy
 import shutil
 import sys
@@ -15,6 +16,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from transformers import AutoTokenizer
 
 from recsys.data import HistoryDataModule, PromptTemplate, Table
 
@@ -169,6 +171,26 @@ def test_compare_marks_differences_whose_interval_excludes_zero(benchmark_main):
     low, high = (float(x) for x in sure.split("[")[1].rstrip("] ").split(","))
     error = noise.std() / 20
     assert (low, high) == pytest.approx((0.2 - 1.96 * error, 0.2 + 1.96 * error), abs=0.1 * error)
+
+
+def test_synthetic_rows_follow_the_distribution_whose_recall_is_printed(
+    benchmark_main, local_model: str, tmp_path: Path, capsys
+):
+    tokenizer = AutoTokenizer.from_pretrained(local_model)
+    tokenizer.add_tokens([f"title{letter}" for letter in "abcdef"])
+    tokenizer.save_pretrained(tmp_path / "words")
+    benchmark_main("synthetic")(tmp_path, users=20_000, actions=4, items=6, tokenizer=str(tmp_path / "words"))
+    printed = {k: float(v) for k, v in re.findall(r"recall@(\d+) (\S+?)(?:,|$)", capsys.readouterr().out.strip())}
+    actions = pd.read_csv(tmp_path / "interactions.csv")
+    assert actions["time"].is_monotonic_increasing
+    assert set(pd.read_csv(tmp_path / "items.csv")["title"]) == {f"title{letter}" for letter in "abcdef"}
+    histories = actions["item_id"].to_numpy().reshape(20_000, 4)
+    counts = pd.crosstab(histories[:, :-1].ravel(), histories[:, 1:].ravel()).to_numpy()
+    best = (
+        np.sort(counts, axis=1)[:, ::-1].cumsum(axis=1).sum(axis=0) / counts.sum()
+    )  # after each item its most frequent
+    assert printed == {"1": pytest.approx(best[0], abs=0.01), "5": pytest.approx(best[4], abs=0.01)}
+    assert np.abs(np.bincount(histories[:, 0]) - np.bincount(histories[:, 3])).max() < 0.02 * 20_000  # stationary
 
 
 def test_baselines(benchmark_main, tables: dict[str, str], capsys: pytest.CaptureFixture[str]):
