@@ -18,6 +18,7 @@ import torch
 import yaml
 from transformers import AutoTokenizer
 
+from recsys.cli import main as cli_main
 from recsys.data import HistoryDataModule, PromptTemplate, Table
 
 
@@ -139,6 +140,20 @@ def test_compare_takes_another_folder_and_further_arguments(benchmark_main, monk
     config = yaml.safe_load(capsys.readouterr().out)
     assert config["out"] == "runs/x"
     assert config["fit"] == [*yaml.safe_load((folder / "objectives.yaml").read_text())["fit"], "--data=y.yaml"]
+
+
+@pytest.mark.parametrize("name", ["fresh", "normalization", "objectives", "synthetic"])
+def test_compared_variants_are_configs_and_all_different(name: str, monkeypatch: pytest.MonkeyPatch, capsys):
+    root = Path(__file__).parents[1]
+    monkeypatch.chdir(root)
+    options = yaml.safe_load((root / "benchmarks" / f"{name}.yaml").read_text())
+    configs: dict[str, str] = {}
+    for variant, arguments in options["variants"].items():
+        with pytest.raises(SystemExit) as ended:
+            cli_main(["fit", *options["fit"], *arguments, "--print_config"])
+        assert ended.value.code == 0, variant
+        configs[capsys.readouterr().out] = variant
+    assert list(configs.values()) == list(options["variants"])
 
 
 def test_compare_starts_nothing_after_a_failure(benchmark_main):
