@@ -40,6 +40,15 @@ def main(
         items: Size of the catalogue, M.
         tokenizer: Model whose tokenizer the policy takes.
     """
+    if out.exists() and any(out.iterdir()):
+        raise SystemExit(f"{out} is not empty: delete it, or give another --out")
+    vocabulary = LLMPolicy(tokenizer).tokenizer.get_vocab()
+    words = sorted(
+        word for word in vocabulary if word.isascii() and word.isalpha() and word.islower() and len(word) > 3
+    )
+    if len(words) < items:
+        raise SystemExit(f"{tokenizer} has {len(words)} words of one token for {items} items: lower --items")
+
     rng = np.random.default_rng(0)
     factors = rng.standard_normal((items, FEATURES)), rng.standard_normal((FEATURES, items))
     transition = np.exp(SCALE / np.sqrt(FEATURES) * factors[0] @ factors[1])  # [M, M]
@@ -58,12 +67,7 @@ def main(
             last = histories[chunk, action - 1]
             histories[chunk, action] = (cumulated[last] < rng.random((len(last), 1))).sum(axis=1)
 
-    vocabulary = LLMPolicy(tokenizer).tokenizer.get_vocab()
-    words = sorted(
-        word for word in vocabulary if word.isascii() and word.isalpha() and word.islower() and len(word) > 3
-    )
     titles = [words[i] for i in rng.permutation(len(words))[:items]]
-
     out.mkdir(parents=True, exist_ok=True)
     pd.DataFrame(
         {

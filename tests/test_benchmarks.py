@@ -194,18 +194,23 @@ def test_synthetic_rows_follow_the_distribution_whose_recall_is_printed(
     tokenizer = AutoTokenizer.from_pretrained(local_model)
     tokenizer.add_tokens([f"title{letter}" for letter in "abcdef"])
     tokenizer.save_pretrained(tmp_path / "words")
-    benchmark_main("synthetic")(tmp_path, users=20_000, actions=4, items=6, tokenizer=str(tmp_path / "words"))
+    main, options = benchmark_main("synthetic"), {"actions": 4, "tokenizer": str(tmp_path / "words")}
+    out = tmp_path / "data"
+    with pytest.raises(SystemExit, match="6 words of one token for 7 items"):
+        main(out, users=20_000, items=7, **options)
+    main(out, users=20_000, items=6, **options)
     printed = {k: float(v) for k, v in re.findall(r"recall@(\d+) (\S+?)(?:,|$)", capsys.readouterr().out.strip())}
-    actions = pd.read_csv(tmp_path / "interactions.csv")
+    actions = pd.read_csv(out / "interactions.csv")
     assert actions["time"].is_monotonic_increasing
-    assert set(pd.read_csv(tmp_path / "items.csv")["title"]) == {f"title{letter}" for letter in "abcdef"}
+    assert set(pd.read_csv(out / "items.csv")["title"]) == {f"title{letter}" for letter in "abcdef"}
     histories = actions["item_id"].to_numpy().reshape(20_000, 4)
     counts = pd.crosstab(histories[:, :-1].ravel(), histories[:, 1:].ravel()).to_numpy()
-    best = (
-        np.sort(counts, axis=1)[:, ::-1].cumsum(axis=1).sum(axis=0) / counts.sum()
-    )  # after each item its most frequent
+    after = np.sort(counts, axis=1)[:, ::-1]  # how often each item's most frequent successors came
+    best = after.cumsum(axis=1).sum(axis=0) / counts.sum()
     assert printed == {"1": pytest.approx(best[0], abs=0.01), "5": pytest.approx(best[4], abs=0.01)}
     assert np.abs(np.bincount(histories[:, 0]) - np.bincount(histories[:, 3])).max() < 0.02 * 20_000  # stationary
+    with pytest.raises(SystemExit, match="is not empty"):
+        main(out, users=20_000, items=6, **options)
 
 
 def test_baselines(benchmark_main, tables: dict[str, str], capsys: pytest.CaptureFixture[str]):
