@@ -203,11 +203,14 @@ def test_synthetic_rows_follow_the_distribution_whose_recall_is_printed(
     actions = pd.read_csv(out / "interactions.csv")
     assert actions["time"].is_monotonic_increasing
     assert set(pd.read_csv(out / "items.csv")["title"]) == {f"title{letter}" for letter in "abcdef"}
-    histories = actions["item_id"].to_numpy().reshape(20_000, 4)
+    histories = np.stack(actions.groupby("user_id", sort=False)["item_id"].apply(np.array).to_list())
+    assert histories.shape == (20_000, 4)
+    assert histories.ravel().tolist() == actions["item_id"].tolist()  # users come one after the other
     counts = pd.crosstab(histories[:, :-1].ravel(), histories[:, 1:].ravel()).to_numpy()
     after = np.sort(counts, axis=1)[:, ::-1]  # how often each item's most frequent successors came
     best = after.cumsum(axis=1).sum(axis=0) / counts.sum()
     assert printed == {"1": pytest.approx(best[0], abs=0.01), "5": pytest.approx(best[4], abs=0.01)}
+    assert printed["1"] > 1.5 / 6  # far from uniform
     assert np.abs(np.bincount(histories[:, 0]) - np.bincount(histories[:, 3])).max() < 0.02 * 20_000  # stationary
     with pytest.raises(SystemExit, match="is not empty"):
         main(out, users=20_000, items=6, **options)
