@@ -9,7 +9,7 @@ RecTools needs an older numpy than `constraints.txt` names, so it gets an enviro
 Prints a Markdown table for the validation and one for the test rows, as means over seeds and rows with intervals from a
 bootstrap that resamples both.
 
-* Models learn from the events of the train rows alone: histories and targets. SASRec learns from the windows that also
+* Models learn from the events of the train rows alone: histories and targets. SASRec learns from the stretches that also
   supervised fine-tuning goes through, so that long histories count whole. Its epochs are chosen for each seed by
   Recall@10 on the validation rows, as checkpoints are.
 * A row is evaluated on all earlier events of its user, those after the training time too, as prompts are; SASRec reads
@@ -66,11 +66,11 @@ def main(
     whole = train_sessions(data, len(data.histories.items))
     popular = PopularModel(popularity="n_interactions").fit(whole)
     neighbours = ImplicitItemKNNWrapperModel(CosineRecommender(K=100)).fit(whole)
-    windows = train_sessions(data, history)
+    stretches = train_sessions(data, history)
     values = {
         "popularity": [{part: evaluate(popular, popular, data, part) for part in PARTS}],
         "item-kNN": [{part: evaluate(neighbours, popular, data, part) for part in PARTS}],
-        "SASRec": [sasrec(seed, windows, epochs, history, popular, data) for seed in seeds],
+        "SASRec": [sasrec(seed, stretches, epochs, history, popular, data) for seed in seeds],
     }
     for part, name in PARTS.items():
         print(
@@ -104,13 +104,13 @@ def sessions(data: HistoryDataModule, rows: np.ndarray, start: np.ndarray, end: 
 
 
 def train_sessions(data: HistoryDataModule, history: int) -> Dataset:
-    """Make a user of each window of at most ``history`` events and a target, which the train rows hold."""
-    rows = data.histories.windows(data.histories.train, history)
+    """Make a user of each stretch of at most ``history`` events and a target, which the train rows hold."""
+    rows = data.histories.stretches(data.histories.train, history)
     return sessions(data, rows, data.histories.history_start(rows, history), rows + 1)
 
 
 def sasrec(
-    seed: int, windows: Dataset, epochs: tuple[int, ...], history: int, popular: ModelBase, data: HistoryDataModule
+    seed: int, stretches: Dataset, epochs: tuple[int, ...], history: int, popular: ModelBase, data: HistoryDataModule
 ) -> dict[str, pd.DataFrame]:
     """Return the metrics of each part's rows after the epochs that are best on validation."""
     seed_everything(seed, verbose=False)
@@ -119,7 +119,7 @@ def sasrec(
     trained = 0
     for epoch in sorted(epochs):
         began = time.perf_counter()
-        model.fit_partial(windows, min_epochs=epoch - trained, max_epochs=epoch - trained)
+        model.fit_partial(stretches, min_epochs=epoch - trained, max_epochs=epoch - trained)
         trained = epoch
         seconds = time.perf_counter() - began
         val = evaluate(model, popular, data, "val")

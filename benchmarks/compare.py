@@ -58,7 +58,7 @@ class Run:
 
     @property
     def checkpoint(self) -> Path:
-        """The last checkpoint, where the configs' AdapterCheckpoint puts it."""
+        """The last checkpoint, where AdapterCheckpoint puts it by default."""
         return Path("checkpoints") / self.name / "version_0" / "last.ckpt"
 
     @property
@@ -97,10 +97,7 @@ class Run:
     def _recsys(self, subcommand: str, checkpoint: Path | None) -> tuple[float, float]:
         """Run the command line, and return its gigabytes and minutes."""
         print(f"{time.strftime('%H:%M:%S')} {subcommand} {self.folder}", flush=True)
-        logger = [
-            f"--trainer.logger.init_args.save_dir={self.out.parent}",
-            f"--trainer.logger.init_args.name={self.name}",
-        ]
+        logger = [f"--logger.save_dir={self.out.parent}", f"--logger.name={self.name}"]
         rate = [] if self.rate is None else [f"--model.objective.init_args.learning_rate={self.rate:g}"]
         start = [] if checkpoint is None else [f"--ckpt_path={checkpoint}"]
         command = [sys.executable, "-m", "recsys.cli", subcommand, *self.arguments, *rate]

@@ -17,8 +17,8 @@ import torch
 from measure import Memory, timed
 from setting import Exact, Setting
 
+from recsys.engine import TreeEngine
 from recsys.search import beam_search
-from recsys.tree import TreeEngine
 
 Result = tuple[list[int], list[float]]  # items and scores, best first
 

@@ -263,7 +263,7 @@ def loss(
     relevance = torch.zeros_like(scores, dtype=torch.bool)
     relevance[:, 0] = True
     advantages = objective.advantages(scores.detach(), relevance, progress)
-    return policy_loss(scores, scores.detach(), advantages, clip=0.2).sum() / x.shape[1]
+    return policy_loss(scores, scores.detach(), advantages, clip_eps=0.2).sum() / x.shape[1]
 
 
 def train(

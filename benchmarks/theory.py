@@ -33,7 +33,7 @@ def first_is_positive(scores: Tensor) -> Tensor:
 def surrogate_gradient(scores: Tensor, advantages: Tensor) -> Tensor:
     """Return the gradient ``[B, G]`` of what the policy loss maximises, at an importance ratio of 1."""
     scores = scores.clone().requires_grad_()
-    (-policy_loss(scores, scores.detach(), advantages, clip=0.2)).sum().backward()
+    (-policy_loss(scores, scores.detach(), advantages, clip_eps=0.2)).sum().backward()
     return scores.grad
 
 

@@ -21,8 +21,8 @@ from measure import Memory, in_new_process, timed
 from setting import Setting
 from torch import Tensor
 
+from recsys.engine import TreeEngine
 from recsys.search import beam_search
-from recsys.tree import TreeEngine
 
 Scores = Callable[[int], Tensor]  # user -> [G] log-probabilities of the group
 

@@ -29,7 +29,7 @@ from measure import Memory, in_new_process, timed
 from torch import Tensor
 from transformers.generation.logits_process import PrefixConstrainedLogitsProcessor
 
-from recsys.tree import TreeEngine
+from recsys.logprobs import TrieHead
 from recsys.trie import Trie
 
 VOCAB, LENGTH = 49_152, 12  # SmolLM2's vocabulary; tokens of a title
@@ -82,7 +82,7 @@ def prefix_dictionary(sequences: list[list[int]]) -> dict[tuple[int, ...], list[
 
 
 def lookup(trie: Trie, node: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what :meth:`TreeEngine.child_logprobs` does, from given ``logprobs [R, V]`` of the vocabulary."""
+    """Return what :meth:`TrieHead.child_logprobs` does, from given ``logprobs [R, V]`` of the vocabulary."""
     child, row = trie.children(node)
     return logprobs[row, trie.tokens[child].long()], child, row
 
@@ -114,7 +114,7 @@ def steps(items: int, kind: str, users: int, beams: int, depths: tuple[int, ...]
     trie, padded = trie.to(device), padded.to(device)
 
     head = torch.nn.Linear(hidden, VOCAB, device=device).requires_grad_(False)
-    engine = TreeEngine(SimpleNamespace(head=head), trie, "vocab")  # of the policy, this uses the head alone
+    trie_head = TrieHead(SimpleNamespace(head=head), trie, "vocab")  # of the policy, this uses the head alone
     constrain = PrefixConstrainedLogitsProcessor(lambda _, ids: legal[tuple(ids.tolist())], beams)
 
     def generate(ids: Tensor, states: Tensor) -> Tensor:
@@ -132,13 +132,13 @@ def steps(items: int, kind: str, users: int, beams: int, depths: tuple[int, ...]
             alternative, masked = timed(constrain, ids, logprobs)
             ours, found = timed(lookup, trie, node[rows], logprobs[rows])
             whole_alternative, _ = timed(generate, ids, states)
-            whole_ours, engine_found = timed(engine.child_logprobs, states[rows], node[rows])
+            whole_ours, head_found = timed(trie_head.child_logprobs, states[rows], node[rows])
             width[depth] = max(width[depth], int(trie.degree(node).max()))
             if repeat >= 0:
                 times[depth].append([alternative, ours, whole_alternative, whole_ours])
                 continue
             same &= torch.equal(over_vocabulary(trie, found, len(node[rows])), masked[rows])
-            gap = max(gap, float((engine_found[0] - found[0]).abs().max()))
+            gap = max(gap, float((head_found[0] - found[0]).abs().max()))
     medians = torch.tensor(times).median(1).values  # [LENGTH, 4]
 
     lines = [

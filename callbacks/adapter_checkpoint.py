@@ -31,7 +31,7 @@ class AdapterCheckpoint(ModelCheckpoint):
     def __init__(
         self,
         dirpath: str = "checkpoints",
-        monitor: str = "val/recall@10",
+        monitor: str = "val/wpauc",
         mode: str = "max",
         save_top_k: int = 1,
         save_last: bool = True,

@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from torch import Tensor
 from tqdm import tqdm
 
-from recsys.functional import window_bounds
+from recsys.engine import PromptCache, TreeEngine
+from recsys.groups import Groups, GroupSource
 from recsys.module import Recommender
-from recsys.objectives import GroupObjective, TAWin
+from recsys.objectives import GroupObjective
 from recsys.search import beam_search
-from recsys.tree import PromptCache, TreeEngine
 from recsys.trie import Trie
-from recsys.types import Batch, Groups, UserError
+from recsys.types import Batch, UserError
 
 
-class BeamNegatives(Callback):
+class BeamNegatives(GroupSource):
     """Refreshes the group (the positive and n negatives) of each row that an epoch trains on.
 
     The positive is never among its own negatives, nor is an item with the same title. Groups are kept with their
     log-probabilities under the policy that made them, travel in checkpoints, and are made by all processes together.
 
     Args:
-        num_negatives: n, negatives per row.
+        count: n, negatives of a group; null takes so many that they reach beyond the window.
         mode: ``beam`` takes the policy's best items, ``random`` uniform ones, ``mixed`` half and half.
         every_n_epochs: Epochs between refreshes.
         every_n_steps: Refresh also within an epoch, after so many optimiser steps; null for never.
@@ -37,16 +38,18 @@ class BeamNegatives(Callback):
 
     def __init__(
         self,
-        num_negatives: int = 31,
+        count: int | None = None,
         mode: Literal["beam", "random", "mixed"] = "beam",
         every_n_epochs: int = 1,
         every_n_steps: int | None = None,
         batch_size: int = 16,
     ) -> None:
-        if num_negatives < 1 or every_n_epochs < 1 or batch_size < 1 or (every_n_steps or 1) < 1:
-            raise UserError("BeamNegatives: its numbers must be at least 1")
-        self.num_negatives = num_negatives
-        self.num_beam = {"beam": num_negatives, "random": 0, "mixed": (num_negatives + 1) // 2}[mode]
+        numbers = {"count": count, "every_n_epochs": every_n_epochs, "every_n_steps": every_n_steps}
+        for name, value in (numbers | {"batch_size": batch_size}).items():
+            if value is not None and value < 1:
+                raise UserError(f"negatives.{name} must be at least 1, but it is {value}")
+        self.count = count
+        self.best_share = {"beam": 1.0, "random": 0.0, "mixed": 0.5}[mode]
         self.every_n_epochs = every_n_epochs
         self.every_n_steps = every_n_steps
         self.batch_size = batch_size
@@ -55,28 +58,8 @@ class BeamNegatives(Callback):
 
     # ---- when -------------------------------------------------------------------------------------------------
 
-    def setup(self, trainer: Trainer, pl_module: Recommender, stage: str) -> None:  # type: ignore[override]
-        """Announce that negatives will be there."""
-        pl_module.finds_negatives = True
-
     def on_fit_start(self, trainer: Trainer, pl_module: Recommender) -> None:  # type: ignore[override]
-        """Check the sizes, and hand over the groups of a checkpoint.
-
-        Raises:
-            UserError: if the catalogue is too small, or TAWin's window ends beyond the negatives.
-        """
-        trie = pl_module.engine.trie
-        if self.num_negatives > trie.num_items - trie.max_duplicates:
-            raise UserError(
-                f"BeamNegatives: num_negatives is {self.num_negatives}, but the catalogue of {trie.num_items} items "
-                "has too few that can be a negative"
-            )
-        _, end = window_bounds(pl_module.alpha, pl_module.d, pl_module.num_negatives)
-        if isinstance(pl_module.objective, TAWin) and end > self.num_beam:
-            raise UserError(
-                f"BeamNegatives finds the best {self.num_beam} negatives of a row, but model.window ends at negative "
-                f"{end:g}: raise num_negatives (beyond {end:g}, or the gate has no lower end) or lower the window"
-            )
+        """Hand over the groups of a checkpoint."""
         if self.groups is not None:
             self.groups = pl_module.groups = self.groups.to(pl_module.device)
 
@@ -84,13 +67,14 @@ class BeamNegatives(Callback):
         """Refresh the rows of the epochs up to the next refresh."""
         rows = self.due(pl_module, trainer.current_epoch)
         if len(rows):
-            self.refresh(trainer, pl_module, rows)
+            self.refresh(trainer, pl_module, rows, 0)
 
     def due(self, module: Recommender, epoch: int) -> np.ndarray:
         """Return the rows ``[R]`` to refresh at the start of an epoch, none if it goes on with the groups it finds."""
-        if module.trains_on_windows(epoch) or (epoch - module.warm_start_epochs) % self.every_n_epochs:
+        phase = module.phase_at(epoch)
+        if phase.supervised or (epoch - phase.start) % self.every_n_epochs:
             return np.empty(0, dtype=np.int64)
-        epochs = range(epoch, epoch + self.every_n_epochs)
+        epochs = range(epoch - phase.start, epoch - phase.start + self.every_n_epochs)
         return np.unique(np.concatenate([module.data.train_rows(e) for e in epochs]))
 
     def on_train_batch_end(  # type: ignore[override]
@@ -99,29 +83,33 @@ class BeamNegatives(Callback):
         """Refresh the present rows every n steps."""
         due = self.every_n_steps and (batch_idx + 1) % (self.every_n_steps * trainer.accumulate_grad_batches) == 0
         if due and self.groups is not None and batch_idx + 1 < trainer.num_training_batches:
-            self.refresh(trainer, pl_module, self.groups.row.cpu().numpy())
+            self.refresh(trainer, pl_module, self.groups.row.cpu().numpy(), batch_idx + 1)
 
     # ---- what -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def refresh(self, trainer: Trainer, module: Recommender, rows: np.ndarray) -> None:
-        """Make the groups of ``rows`` under the present policy, and log time, recall of positives and overlap."""
+    def refresh(self, trainer: Trainer, module: Recommender, rows: np.ndarray, batch_idx: int) -> None:
+        """Make the groups of ``rows`` under the present policy, and log time, recall of positives and overlap.
+
+        ``batch_idx`` batches of the epoch are done; with the epoch's place in its phase it determines what is drawn.
+        """
         began = time.perf_counter()
+        phase = module.phase_at(trainer.current_epoch)
+        place = [torch.initial_seed(), trainer.current_epoch - phase.start, batch_idx, trainer.global_rank]
         generator = torch.Generator(module.device)
-        generator.manual_seed(torch.initial_seed() + 1_000_003 * trainer.global_step + trainer.global_rank)
+        generator.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
         module.eval()
         parts = []
         for batch in self._batches(trainer, module, rows, "negatives"):
             parts.append((batch.row, *self.groups_of(module, batch, generator)))
-        row, items, behaviour, found = _gathered(trainer, parts)
-        groups = Groups(row, items, behaviour, None)
-        objective = module.objective_at(trainer.current_epoch)
-        if isinstance(objective, GroupObjective) and objective.needs_reference:
-            groups.reference = self._reference(trainer, module, groups)
+        row, items, logprobs, found = _gathered(trainer, parts)
+        groups = Groups(row, items, logprobs, None)
+        if isinstance(phase.objective, GroupObjective) and phase.objective.needs_reference:
+            groups.ref_logprobs = self._reference(trainer, module, groups)
         module.train()
 
         log = {"seconds": time.perf_counter() - began, "rows": float(len(groups.row))}
-        if self.num_beam:
+        if self.best_share:
             log["positive_found"] = found.float().mean().item()
         if self.groups is not None and (overlap := _overlap(self.groups, groups)) is not None:
             log["overlap"] = overlap
@@ -133,36 +121,39 @@ class BeamNegatives(Callback):
         """Return the items and scores ``[B, G]`` of a batch's groups, and whether the search found the positive."""
         engine, target = module.engine, batch.target[:, None]
         prompt = engine.prefill(batch.tokens, batch.length)
-        best, best_scores, found = self._best(engine, prompt, target)
-        drawn = self._draw(engine.trie, target, best, generator)
+        count = module.dial.group_negatives
+        best, best_scores, found = self._best(engine, prompt, target, math.ceil(count * self.best_share))
+        drawn = self._draw(engine.trie, target, best, count - best.shape[1], generator)
         scores = engine.score(prompt, torch.cat([target, drawn], 1))  # the search has those of the best
         items = torch.cat([target, best, drawn], 1)
         return items, torch.cat([scores[:, :1], best_scores, scores[:, 1:]], 1), found
 
-    def _best(self, engine: TreeEngine, prompt: PromptCache, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the policy's best negatives ``[B, num_beam]``, their scores, and whether it found the positive."""
+    def _best(
+        self, engine: TreeEngine, prompt: PromptCache, target: Tensor, count: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the policy's best negatives ``[B, count]``, their scores, and whether it found the positive."""
         trie, none = engine.trie, target[:, :0]
-        if not self.num_beam:
+        if not count:
             return none, none.float(), none.any(1)
-        ranking = beam_search(engine, prompt, self.num_beam + trie.max_duplicates)
+        ranking = beam_search(engine, prompt, count + trie.max_duplicates)
         found = ((ranking.items == target) & ranking.valid).any(1)
         other = ranking.valid & (trie.leaf[ranking.items] != trie.leaf[target])
-        place = other.int().argsort(dim=1, descending=True, stable=True)[:, : self.num_beam]
+        place = other.int().argsort(dim=1, descending=True, stable=True)[:, :count]
         return ranking.items.gather(1, place), ranking.scores.gather(1, place), found
 
-    def _draw(self, trie: Trie, target: Tensor, best: Tensor, generator: torch.Generator) -> Tensor:
-        """Return uniform negatives that are not among the best, ``[B, num_negatives - num_beam]``."""
-        if self.num_beam == self.num_negatives:
+    def _draw(self, trie: Trie, target: Tensor, best: Tensor, count: int, generator: torch.Generator) -> Tensor:
+        """Return uniform negatives that are not among the best, ``[B, count]``."""
+        if not count:
             return target[:, :0]
         key = torch.rand(len(target), trie.num_items, device=target.device, generator=generator)
         key = key.masked_fill(trie.leaf == trie.leaf[target], -1).scatter(1, best, -1.0)
-        return key.topk(self.num_negatives - self.num_beam).indices
+        return key.topk(count).indices
 
     def _reference(self, trainer: Trainer, module: Recommender, groups: Groups) -> Tensor:
         """Return the groups' log-probabilities ``[R, G]`` under the policy at the first refresh."""
         if self.start is None:
             self.start = module.policy.snapshot()
-            return groups.behaviour.clone()
+            return groups.old_logprobs.clone()
         parts = []
         with module.policy.using(self.start):
             for batch in self._batches(trainer, module, groups.row.cpu().numpy(), "reference"):

@@ -19,20 +19,18 @@ class PredictionWriter(BasePredictionWriter):
     """Writes a file per process with a line for each row: user, target, top items and their scores.
 
     Args:
-        folder: Receives ``part-<process>.parquet``; must not hold such files yet.
-        top: Items to write for each row; null for the whole list.
+        dirpath: Receives ``part-<process>.parquet``; must not hold such files yet.
     """
 
-    def __init__(self, folder: str = "predictions", top: int | None = None) -> None:
+    def __init__(self, dirpath: str = "predictions") -> None:
         super().__init__(write_interval="batch")
-        self.folder = Path(folder)
-        self.top = top
+        self.folder = Path(dirpath)
         self._frames: list[pd.DataFrame] = []
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse to overwrite."""
         if self._path(trainer).exists():
-            raise UserError(f"{self._path(trainer)} exists already: move it away or set PredictionWriter's folder")
+            raise UserError(f"{self._path(trainer)} exists already: move it away or set predictions.dirpath")
 
     def write_on_batch_end(  # type: ignore[override]
         self,
@@ -55,8 +53,8 @@ class PredictionWriter(BasePredictionWriter):
                     "row": row,
                     "user_id": data.user_ids[data.histories.users[row]],
                     "target_item_id": ids[data.histories.items[row]],
-                    "item_ids": ids[prediction.items[i].cpu().numpy()[valid]][: self.top].tolist(),
-                    "scores": prediction.scores[i].cpu().numpy()[valid][: self.top].tolist(),
+                    "item_ids": ids[prediction.items[i].cpu().numpy()[valid]].tolist(),
+                    "scores": prediction.scores[i].cpu().numpy()[valid].tolist(),
                 }
             )
         self._frames.append(pd.DataFrame(lines))

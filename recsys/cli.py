@@ -1,24 +1,32 @@
-"""The ``recsys`` command: ``fit``, ``validate``, ``test``, ``predict``, ``data`` and ``cost`` on LightningCLI."""
+"""The ``recsys`` command: ``fit``, ``validate``, ``test``, ``predict``, ``data`` and ``cost``, on LightningCLI."""
 
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
 import warnings
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
 from lightning import pytorch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.tensorboard.summary import hparams
 
-from recsys.cost import cost_text, run_cost
+from callbacks import AdapterCheckpoint, BeamNegatives, PredictionWriter, RankingReport
+from recsys.cost import RunCost
 from recsys.data import HistoryDataModule, card_text, data_card
 from recsys.module import Recommender
+from recsys.parts import ReplaceParts, as_configs
 from recsys.types import UserError
+
+DESCRIPTION = (
+    "Train and evaluate LLM recommenders on windowed partial AUC. `recsys configs` copies the shipped configs into the "
+    "folder `configs`."
+)
 
 
 class Trainer(pytorch.Trainer):
@@ -30,9 +38,8 @@ class Trainer(pytorch.Trainer):
         print(card_text(data_card(datamodule)))
 
     def cost(self, model: Recommender, datamodule: HistoryDataModule) -> None:
-        """Print the token rows, steps and memory of the run that ``fit`` would do, without loading the model."""
-        datamodule.tokenize(model.tokenizer)
-        print(cost_text(run_cost(self, model, datamodule)))
+        """Print the token rows, steps, time and memory of the run that ``fit`` would do, from its largest batches."""
+        print(RunCost(self, model, datamodule))
 
     data = describe  # the subcommand's name; a method whose own name is `data` would clash with the group of that name
 
@@ -40,42 +47,73 @@ class Trainer(pytorch.Trainer):
 class SaveConfig(SaveConfigCallback):
     """Saves the run's whole config as ``config.yaml`` in its log folder, and logs it as hyperparameters."""
 
-    def save_config(self, trainer: pytorch.Trainer, pl_module: LightningModule, stage: str) -> None:
+    def __init__(self, parser: LightningArgumentParser, config: Any, **kwargs: Any) -> None:
+        config = config.clone()
+        for key in ("ckpt_path", "weights_only", "verbose", "return_predictions"):  # of one subcommand, not of the run
+            config.pop(key, None)
+        super().__init__(parser, config, **kwargs)
+
+    def on_fit_start(self, trainer: pytorch.Trainer, pl_module: Recommender) -> None:  # type: ignore[override]
         """Log the model's and the data's settings, flattened, to every logger."""
         settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
-        flat = _flatten({k: settings[k] for k in ("model", "data", "seed_everything") if k in settings})
+        flat = _flatten({k: settings[k] for k in ("model", "data", "negatives", "seed_everything") if k in settings})
         for logger in trainer.loggers:
             logger.log_hyperparams(flat)
             if isinstance(logger, TensorBoardLogger):  # names the metrics of the HParams tab without logging values
-                for summary in hparams(flat, {"val/wpauc": 0, "val/recall@10": 0}):
+                for summary in hparams(flat, {"val/wpauc": 0, f"val/recall@{pl_module.dial.window.k}": 0}):
                     logger.experiment.file_writer.add_summary(summary)
 
 
 class RecsysCLI(LightningCLI):
-    """LightningCLI with the trainer settings that the data module needs, and checks before anything starts."""
+    """LightningCLI with the parts of a run as named groups of arguments, and checks before anything starts."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Lightning's subcommands, ``data`` and ``cost``, with the arguments that are not set on the command line."""
         return {**LightningCLI.subcommands(), "data": {"model", "datamodule"}, "cost": {"model", "datamodule"}}
 
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Return a parser whose ``--config`` replaces parts."""
+        parser = self.parser_class(**kwargs)
+        parser.add_argument("-c", "--config", action=ReplaceParts, help="Path to a configuration file in YAML.")
+        return parser
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Set defaults that every run needs, and give the data module the run's seed."""
+        """Add the callbacks and the logger, set defaults that every run needs, give the data module the run's seed."""
+        parser.add_lightning_class_args(BeamNegatives, "negatives")
+        parser.add_lightning_class_args(AdapterCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(RankingReport, "report")
+        parser.add_lightning_class_args(PredictionWriter, "predictions")
+        parser.add_class_arguments(TensorBoardLogger, "logger")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         parser.set_defaults(
             {
+                "logger.save_dir": "runs",
+                "logger.name": "recsys",
+                "logger.default_hp_metric": False,
                 "trainer.reload_dataloaders_every_n_epochs": 1,  # each epoch draws its rows
                 "trainer.use_distributed_sampler": False,  # the data module divides rows among processes
                 "trainer.num_sanity_val_steps": -1,  # validate the untrained policy on all rows
                 "trainer.enable_model_summary": False,  # counts a byte of two 4-bit weights as one weight
+                "trainer.gradient_clip_val": 1.0,
             }
         )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse with arguments that replace a part in the form of ``--config``."""
+        self.config = parser.parse_args(as_configs(sys.argv[1:] if args is None else list(args)))
 
     def before_instantiate_classes(self) -> None:
         """Refuse a checkpoint path that does not exist."""
         path = self.config[self.subcommand].get("ckpt_path") if self.subcommand else None
         if path and path not in ("last", "best", "hpc", "registry") and not Path(path).is_file():
             raise UserError(f"ckpt_path: no such file: {path}")
+
+    def instantiate_trainer(self, **kwargs: Any) -> pytorch.Trainer:
+        """Make the trainer with the group ``logger`` as its logger, unless ``trainer.logger`` says otherwise."""
+        if self._get(self.config, "trainer").get("logger") is None:
+            kwargs["logger"] = self._get(self.config_init, "logger")
+        return super().instantiate_trainer(**kwargs)
 
 
 def main(args: list[str] | None = None) -> None:
@@ -88,7 +126,12 @@ def main(args: list[str] | None = None) -> None:
         SystemExit: with code 1 and one line on stderr for a mistake in the input, code 2 for one in the arguments.
     """
     _hide_noise()
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # a user's own classes; last, so that no file there hides a library
     try:
+        if (sys.argv[1:] if args is None else args) == ["configs"]:
+            copy_configs(Path("configs"))
+            return
         RecsysCLI(
             Recommender,
             HistoryDataModule,
@@ -98,11 +141,24 @@ def main(args: list[str] | None = None) -> None:
             subclass_mode_model=False,
             auto_configure_optimizers=False,
             seed_everything_default=0,
-            parser_kwargs={"description": "Train and evaluate LLM recommenders on windowed partial AUC."},
+            parser_kwargs={"description": DESCRIPTION},
         )
     except UserError as error:
         print(f"recsys: error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def copy_configs(folder: Path) -> None:
+    """Copy the shipped configs into a new folder.
+
+    Raises:
+        UserError: if it is there already.
+    """
+    if folder.exists():
+        raise UserError(f"{folder} exists already: move it away, or use what it holds")
+    with resources.as_file(resources.files("recsys_configs")) as shipped:
+        shutil.copytree(shipped, folder, ignore=shutil.ignore_patterns("__pycache__", "*.py"))
+    print(f"wrote {folder}")
 
 
 def _hide_noise() -> None:

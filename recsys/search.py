@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from recsys.tree import PromptCache, TreeEngine
+from recsys.engine import PromptCache, TreeEngine
 from recsys.trie import Trie
 
 
@@ -18,6 +18,10 @@ class Ranking:
     items: Tensor  # [B, W] int64 catalogue indices, 0 where not valid
     scores: Tensor  # [B, W] float32 s(x, y), -inf where not valid
     valid: Tensor  # [B, W] bool
+
+    def __getitem__(self, rows: Tensor) -> Ranking:
+        """Return the lists of some rows, ``[B]`` bool or ``[R]`` int64."""
+        return Ranking(self.items[rows], self.scores[rows], self.valid[rows])
 
 
 @dataclass
@@ -31,16 +35,16 @@ class _Paths:
 
 
 @torch.no_grad()
-def beam_search(engine: TreeEngine, prompt: PromptCache, beams: int) -> Ranking:
-    """Return up to ``beams`` items per user with the highest scores that a search of this width finds.
+def beam_search(engine: TreeEngine, prompt: PromptCache, num_beams: int) -> Ranking:
+    """Return up to ``num_beams`` items per user with the highest scores that a search of this width finds.
 
-    Open paths and finished titles are kept apart, ``beams`` of each. Scores only fall, so an open path that is no
-    better than the worst of ``beams`` finished titles is dropped, and the search ends when none is left. It walks
+    Open paths and finished titles are kept apart, ``num_beams`` of each. Scores only fall, so an open path that is no
+    better than the worst of ``num_beams`` finished titles is dropped, and the search ends when none is left. It walks
     the trie's children, so it can neither leave the catalogue nor repeat an item; with as many beams as items it is
     exact. Items that share a title share its score, and follow each other.
     """
     trie, users = engine.trie, len(prompt.last)
-    engine.rewind(prompt)
+    prompt.rewind()
     paths = _Paths(
         node=prompt.length.new_zeros(users, 1),
         score=torch.zeros(users, 1, device=prompt.last.device),
@@ -50,7 +54,7 @@ def beam_search(engine: TreeEngine, prompt: PromptCache, beams: int) -> Ranking:
     leaf, leaf_score = paths.node[:, :0], paths.score[:, :0]
     while True:
         alive = paths.score > -torch.inf
-        logprobs, children, row = engine.child_logprobs(paths.hidden[alive], paths.node[alive])
+        logprobs, children, row = engine.head.child_logprobs(paths.hidden[alive], paths.node[alive])
         user, path = (index[row] for index in alive.nonzero(as_tuple=True))
         count = user.bincount(minlength=users)  # a user's candidates stand one after another
         place = torch.arange(len(user), device=user.device) - (count.cumsum(0) - count)[user]
@@ -62,11 +66,11 @@ def beam_search(engine: TreeEngine, prompt: PromptCache, beams: int) -> Ranking:
         # Under `trie` normalisation the forced tokens behind a child are free, to the title's end if it comes first.
         stop = trie.branch[child].long() if engine.normalization == "trie" else child
         ends = trie.degree(stop) == 0
-        leaf_score, best = _top(torch.cat([leaf_score, score.masked_fill(~ends, -torch.inf)], 1), beams)
+        leaf_score, best = _top(torch.cat([leaf_score, score.masked_fill(~ends, -torch.inf)], 1), num_beams)
         leaf = torch.cat([leaf, stop], 1).gather(1, best)
 
-        score, best = _top(score.masked_fill(ends, -torch.inf), beams)
-        if leaf_score.shape[1] == beams:
+        score, best = _top(score.masked_fill(ends, -torch.inf), num_beams)
+        if leaf_score.shape[1] == num_beams:
             score = score.masked_fill(score <= leaf_score[:, -1:], -torch.inf)
         width = int((score > -torch.inf).sum(1).max())
         if width == 0:
@@ -75,8 +79,8 @@ def beam_search(engine: TreeEngine, prompt: PromptCache, beams: int) -> Ranking:
         sees = paths.sees.gather(1, source.gather(1, best)[..., None].expand(-1, -1, paths.sees.shape[2]))
         paths = _advance(engine, prompt, child.gather(1, best), score, sees)
     engine.wait()
-    engine.rewind(prompt)
-    return _items_of(trie, leaf, leaf_score, min(beams, trie.num_items))
+    prompt.rewind()
+    return _items_of(trie, leaf, leaf_score, min(num_beams, trie.num_items))
 
 
 def _top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -114,7 +118,7 @@ def _advance(engine: TreeEngine, prompt: PromptCache, first: Tensor, score: Tens
     hidden = engine.append(prompt, node, visible)
     if engine.normalization == "vocab":  # forced tokens have a price
         inside = filled & (step < count.gather(1, path) - 1)
-        logprobs, *_ = engine.child_logprobs(hidden[inside], node[inside])  # one child each
+        logprobs, *_ = engine.head.child_logprobs(hidden[inside], node[inside])  # one child each
         user = inside.nonzero()[:, 0]
         score = score.index_put((user, path[inside]), logprobs, accumulate=True)
     last = (end - 1).clamp(min=0)[..., None]

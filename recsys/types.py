@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-import torch
 from torch import Tensor
 
 
@@ -42,29 +41,3 @@ class Batch:
         part = Batch(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
         part.tokens = part.tokens[:, : int(part.length.max())]
         return part
-
-
-@dataclass
-class Groups:
-    """The groups that policy optimisation trains on: per row its positive and n negatives, as last refreshed."""
-
-    row: Tensor  # [R] int64, ascending row ids
-    items: Tensor  # [R, G] int64, the positive first
-    behaviour: Tensor  # [R, G] float32, log-probabilities under the policy that made the groups
-    reference: Tensor | None  # [R, G] float32, the same under the policy at the start of the phase, if a loss reads it
-
-    def to(self, device: torch.device) -> Groups:
-        """Move every field to ``device``."""
-        reference = None if self.reference is None else self.reference.to(device)
-        return Groups(self.row.to(device), self.items.to(device), self.behaviour.to(device), reference)
-
-    def find(self, row: Tensor) -> Tensor:
-        """Return the index ``[B]`` of each row id.
-
-        Raises:
-            KeyError: if a row has no group.
-        """
-        index = torch.searchsorted(self.row, row).clamp(max=len(self.row) - 1)
-        if bool((self.row[index] != row).any()):
-            raise KeyError(f"row {row[self.row[index] != row][0].item()} has no negatives")
-        return index

@@ -1,42 +1,232 @@
-"""The window of false positive rates that WPAUC measures and TAWin optimises, as the user states it."""
+"""The one dial: from the Top-K that a user wants to improve to all numbers that follow from it.
+
+A user gives K. The window of WPAUC around it, the length of the ranked list that the window must end inside of, the
+cut-offs that are measured, and the negatives of a group follow; each can be given too, and what contradicts is refused:
+numbers that name negatives before anything is loaded, what depends on the catalogue as soon as that is known.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from recsys.functional import window_around, window_bounds
 from recsys.types import UserError
 
+DEFAULT_K = 10
+DEFAULT_CUTOFFS = (1, 5, 10, 20)
+
 
 @dataclass(frozen=True)
 class Window:
-    """Either ``alpha`` and ``d``, or ``k`` and ``half_width``.
+    """Which Top-K to improve: ``k`` alone is enough. Or a window of false positive rates by ``alpha`` and ``d``.
 
     Args:
-        alpha: False positive rate at which the window starts, in [0, 1).
+        k: Cut-off K of Recall@K to improve; null is 10, or the middle of the window that ``alpha`` and ``d`` give.
+        half_width: Negatives on each side of ``k``: the window is (k - half_width, k + half_width]; null is k/2.
+        alpha: False positive rate at which the window starts, in [0, 1), in place of ``k``.
         d: Width of the window in false positive rates, in (0, 1 - alpha].
-        k: Top-K cut-off to improve; the window is [k - half_width, k + half_width] of the user's negatives.
-        half_width: Negatives on each side of ``k``.
     """
 
-    alpha: float | None = None
-    d: float | None = None
     k: int | None = None
     half_width: float | None = None
+    alpha: float | None = None
+    d: float | None = None
 
-    def rates(self, num_negatives: int) -> tuple[float, float]:
-        """Return (alpha, d) for users with ``num_negatives`` negatives.
+    def __post_init__(self) -> None:
+        given = [name for name, value in vars(self).items() if value is not None]
+        if self.alpha is None and self.d is None:
+            if self.k is not None and self.k < 1:
+                raise UserError(f"model.window.k must be at least 1, but it is {self.k}")
+            if self.half_width is not None and not self.half_width > 0:
+                raise UserError(f"model.window.half_width must be above 0, but it is {self.half_width:g}")
+        elif given != ["alpha", "d"]:
+            raise UserError(
+                f"model.window has {' and '.join(given)}: give k (and perhaps half_width), or alpha and d, and set the "
+                "others to null"
+            )
+        else:
+            try:
+                window_bounds(self.alpha or 0.0, self.d or 0.0, 1)
+            except ValueError as error:
+                raise UserError(f"model.window: {error}") from error
+
+    def ends_at(self) -> float | None:
+        """Return the last negative of the window where that does not depend on the catalogue, else None."""
+        if self.alpha is not None:
+            return None
+        k = self.k or DEFAULT_K
+        return k + (k / 2 if self.half_width is None else self.half_width)
+
+    def resolve(self, num_negatives: int) -> ResolvedWindow:
+        """Return the window in a catalogue where each row has N = ``num_negatives`` negatives.
 
         Raises:
-            UserError: if neither pair or parts of both are given, or the window leaves [0, 1].
+            UserError: if it ends beyond them.
         """
-        rates, cut_off = (self.alpha, self.d), (self.k, self.half_width)
-        try:
-            if cut_off == (None, None) and self.alpha is not None and self.d is not None:
-                window_bounds(self.alpha, self.d, num_negatives)
-                return self.alpha, self.d
-            if rates == (None, None) and self.k is not None and self.half_width is not None:
-                return window_around(self.k, self.half_width, num_negatives)
-        except ValueError as error:
-            raise UserError(f"model.window: {error}") from error
-        raise UserError("model.window: give either alpha and d, or k and half_width (set the other two to null)")
+        if self.alpha is not None and self.d is not None:
+            start, end = window_bounds(self.alpha, self.d, num_negatives)
+            k = max(1, math.floor((start + end) / 2 + 0.5))
+            return ResolvedWindow(k, (end - start) / 2, start, end, self.alpha, self.d, num_negatives)
+        k = self.k or DEFAULT_K
+        half_width = min(k / 2, num_negatives - k) if self.half_width is None else self.half_width
+        if half_width <= 0 or k + half_width > num_negatives:
+            fits = num_negatives - (1 if self.half_width is None else math.ceil(self.half_width))
+            raise UserError(
+                f"model.window ends at negative {k + max(half_width, 0):g}, but each row has only {num_negatives:,} "
+                f"negatives in this catalogue: set model.window.k to {fits} or less"
+            )
+        alpha, d = window_around(k, half_width, num_negatives)
+        start, end = window_bounds(alpha, d, num_negatives)
+        return ResolvedWindow(k, half_width, start, end, alpha, d, num_negatives)
+
+
+@dataclass(frozen=True)
+class ResolvedWindow:
+    """The window in one catalogue; everything that measures, trains or draws takes its numbers from here."""
+
+    k: int  # K, the cut-off in its middle
+    half_width: float
+    start: float  # a: the window is (a, b], counted in negatives from the best
+    end: float  # b
+    alpha: float  # a / N
+    d: float  # (b - a) / N
+    num_negatives: int  # N, negatives of each row
+
+    def __str__(self) -> str:
+        bounds = f"negatives ({self.start:g}, {self.end:g}] of {self.num_negatives:,}"
+        return f"{bounds}, alpha {self.alpha:.4g}, d {self.d:.4g}"
+
+    @property
+    def rates(self) -> tuple[float, float, int]:
+        """alpha, d and N, in the order in which :mod:`recsys.functional` takes them."""
+        return self.alpha, self.d, self.num_negatives
+
+
+@dataclass(frozen=True)
+class DialSettings:
+    """What a user set around the window; None is derived.
+
+    Args:
+        window: The window.
+        cutoffs: Values of K to measure.
+        num_beams: Length of the ranked list.
+        exact: Whether the list holds every item, whatever ``num_beams``.
+        count: Negatives of a group.
+        best_share: Share of them that are the policy's best, or None if there are no groups.
+        windowed: Whether the objective weighs negatives by their place in the window.
+    """
+
+    window: Window
+    cutoffs: tuple[int, ...] | None = None
+    num_beams: int | None = None
+    exact: bool = False
+    count: int | None = None
+    best_share: float | None = None
+    windowed: bool = False
+
+    def check(self, end: float | None) -> None:
+        """Refuse settings that contradict each other.
+
+        Args:
+            end: b, the window's last negative, or None if it is not known yet.
+
+        Raises:
+            UserError: naming both options and a value that fits.
+        """
+        for k in self.cutoffs or ():
+            if k < 1:
+                raise UserError(f"model.cutoffs must be at least 1, but one is {k}")
+        if self.num_beams is not None and not self.exact:
+            if self.num_beams < 1:
+                raise UserError(f"model.num_beams must be at least 1, but it is {self.num_beams}")
+            if self.cutoffs and max(self.cutoffs) > self.num_beams:
+                raise UserError(
+                    f"model.cutoffs has {max(self.cutoffs)}, but model.num_beams is {self.num_beams}: set "
+                    f"model.num_beams to {max(self.cutoffs)} or more, or to null"
+                )
+            if end is not None and math.ceil(end) + 1 > self.num_beams:
+                raise UserError(
+                    f"model.window ends at negative {end:g}, but model.num_beams is {self.num_beams}: set "
+                    f"model.num_beams to {math.ceil(end) + 1} or more, or to null"
+                )
+        if self.windowed and self.best_share == 0:
+            raise UserError(
+                "negatives.mode is random, but model.objective weighs the policy's best negatives by their rank: set "
+                "negatives.mode to beam, or model.objective to recsys.objectives.GRPO"
+            )
+        if self.windowed and self.count is not None and self.best_share and end is not None:
+            needed = math.ceil((math.ceil(end) + 1) / self.best_share)
+            if self.count < needed:
+                raise UserError(
+                    f"model.window ends at negative {end:g}, but negatives.count is {self.count}, too few for the gate "
+                    f"to have a lower end: set negatives.count to {needed} or more, or to null"
+                )
+
+    def resolve(self, num_items: int, most_negatives: int) -> Dial:
+        """Return the dial in one catalogue.
+
+        Args:
+            num_items: M.
+            most_negatives: Items that can be a negative of every row: those with another title.
+
+        Raises:
+            UserError: as :meth:`check`, or if a number exceeds the catalogue.
+        """
+        window = self.window.resolve(num_items - 1)
+        self.check(window.end)
+        longest = num_items if self.exact or self.num_beams is None else min(self.num_beams, num_items)
+        cutoffs = self.cutoffs or tuple(k for k in DEFAULT_CUTOFFS if k <= longest)
+        cutoffs = tuple(sorted({*cutoffs, window.k}))
+        if cutoffs[-1] > num_items:
+            raise UserError(
+                f"model.cutoffs has {cutoffs[-1]}, but the catalogue has {num_items} items: set it to {num_items} or "
+                "less"
+            )
+        length = longest
+        if self.num_beams is None and not self.exact:  # a search finds the worst of its list least surely
+            length = min(math.ceil(1.5 * max(math.ceil(window.end) + 1, cutoffs[-1])), num_items)
+        count = self.count
+        if self.best_share is not None:
+            if count is None:
+                reach = math.ceil(window.end)
+                reach += max(4, round(reach / 3))  # ranks move while a list waits for its next refresh
+                count = min(math.ceil(reach / (self.best_share or 1)), most_negatives)
+            if count > most_negatives:
+                raise UserError(
+                    f"negatives.count is {count}, but of {num_items} items only {most_negatives} can be a negative of "
+                    f"every row: set it to {most_negatives} or less"
+                )
+            if self.windowed and self.best_share and window.end > math.ceil(count * self.best_share):
+                raise UserError(
+                    f"model.window ends at negative {window.end:g}, but of {num_items} items only {most_negatives} can "
+                    f"be a negative of every row: lower model.window.k"
+                )
+        return Dial(window, cutoffs, length, count or 0, self)
+
+
+@dataclass(frozen=True)
+class Dial:
+    """What a run measures and trains with, in one catalogue."""
+
+    window: ResolvedWindow
+    cutoffs: tuple[int, ...]  # ascending, K among them
+    list_length: int  # W, items in the ranked list: the width of the search, or M
+    group_negatives: int  # n, negatives of a group; 0 if there are no groups
+    given: DialSettings
+
+    def __str__(self) -> str:
+        """One line that says what was derived."""
+        given, window = self.given, self.window
+        derived = []
+        if given.window.alpha is not None:
+            derived.append(f"model.window.k {window.k}")
+        elif given.window.half_width is None:
+            derived.append(f"half_width {window.half_width:g}")
+        if given.cutoffs is None or len(given.cutoffs) < len(self.cutoffs):
+            derived.append(f"cutoffs {', '.join(map(str, self.cutoffs))}")
+        if given.num_beams is None and not given.exact:
+            derived.append(f"num_beams {self.list_length}")
+        if given.count is None and self.group_negatives:
+            derived.append(f"negatives.count {self.group_negatives}")
+        return f"Dial: K {window.k}, {window}; derived: {'; '.join(derived) or 'nothing'}"

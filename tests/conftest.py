@@ -64,7 +64,7 @@ class Run:
                 "window": Window(k=3, half_width=2),
                 "warm_start": SupervisedFineTuning(learning_rate=1e-2),
                 "warm_start_epochs": 1,
-                "beams": 12,
+                "num_beams": 12,
                 "cutoffs": (1, 5, 10),
                 **(model or {}),
             }
@@ -78,7 +78,7 @@ class Run:
                 **(data or {}),
             }
         )
-        self.negatives = BeamNegatives(**{"num_negatives": 8, **(negatives or {})})
+        self.negatives = BeamNegatives(**{"count": 8, **(negatives or {})})
         self.report = RankingReport(resamples=50)
         self.checkpoint = AdapterCheckpoint(str(folder / "checkpoints"))
         self.trainer = Trainer(

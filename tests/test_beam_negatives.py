@@ -8,9 +8,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from callbacks import BeamNegatives
 from recsys.objectives import GRPO
-from recsys.types import Groups
+from recsys.groups import Groups
 from tests.conftest import TITLES, Run
 from tests.naive import all_logprobs
 
@@ -63,7 +62,7 @@ def test_behaviour_is_the_policys_log_probability_and_beams_are_its_best(tables,
         with torch.no_grad():
             scores = all_logprobs(policy, prompt, run.data.item_tokens, "trie")
         items = groups.items[index]
-        torch.testing.assert_close(groups.behaviour[index], scores[items], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(groups.old_logprobs[index], scores[items], atol=1e-4, rtol=1e-4)
         same_title = torch.tensor([title == TITLES[items[0]] for title in TITLES])
         best = scores.masked_fill(same_title, -torch.inf).topk(beams).values
         torch.testing.assert_close(scores[items[1 : 1 + beams]], best, atol=1e-4, rtol=1e-4)
@@ -71,10 +70,10 @@ def test_behaviour_is_the_policys_log_probability_and_beams_are_its_best(tables,
 
 def test_found_says_whether_the_positive_is_among_the_best(tables, tmp_path) -> None:
     model = {"objective": GRPO(learning_rate=0.0), "warm_start_epochs": 0}
-    run = Run(tables, tmp_path, model=model, max_epochs=1).fit()
+    run = Run(tables, tmp_path, model=model, max_epochs=1, negatives={"count": 4}).fit()
     policy, trie = run.model.policy.eval(), run.model.engine.trie
     [batch] = run.data.batches(run.data.train_rows(0), 32)
-    _, _, found = BeamNegatives(4).groups_of(run.model, batch, torch.Generator())
+    _, _, found = run.negatives.groups_of(run.model, batch, torch.Generator())
     beams = 4 + trie.max_duplicates
     for tokens, length, target, was_found in zip(batch.tokens, batch.length, batch.target, found, strict=True):
         with torch.no_grad():
@@ -95,7 +94,7 @@ def test_refresh_every_n_steps(tables, tmp_path) -> None:
     _, seen = run_with(tables, tmp_path, "beam", epochs=1, every_n_steps=1)
     assert len(seen) == 4  # 32 rows in batches of 8
     assert all(torch.equal(a.row, seen[0].row) for a in seen)
-    assert not torch.equal(seen[0].behaviour, seen[-1].behaviour)
+    assert not torch.equal(seen[0].old_logprobs, seen[-1].old_logprobs)
 
 
 def test_random_negatives_change_with_the_epoch_and_repeat_with_the_seed(tables, tmp_path) -> None:

@@ -81,9 +81,7 @@ def test_compare_tunes_on_validation_shares_the_warm_start_and_repeats_no_run(
     source = ("interactions", "items", "cache_dir")
     fit = [f"--config={root}/configs/debug.yaml", "--trainer.num_sanity_val_steps=0", "--data.test_rows=null"]
     fit += ["--data.source=recsys.data.Table", *(f"--data.source.init_args.{k}={tables[k]}" for k in source)]
-    fit += ["--model.beams=12", "--model.cutoffs=[1,5,10]", "--model.window.k=3", "--model.window.half_width=2"]
-    fit += ["--trainer.callbacks=callbacks.BeamNegatives", "--trainer.callbacks.init_args.num_negatives=8"]
-    fit += ["--trainer.callbacks+=callbacks.AdapterCheckpoint", "--trainer.callbacks+=callbacks.RankingReport"]
+    fit += ["--model.num_beams=12", "--model.cutoffs=[1,5,10]", "--model.window.k=3"]
     sft = ["--model.objective=recsys.objectives.SupervisedFineTuning"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(root))

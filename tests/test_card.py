@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from recsys.data import HistoryDataModule, PromptTemplate, Source, Tables, card_markdown, card_text, data_card
+from recsys.data import HistoryDataModule, PromptTemplate, Source, SourceData, card_markdown, card_text, data_card
 from recsys.types import UserError
 from tests.helpers_tokenizer import ByteTokenizer
 
@@ -21,7 +21,7 @@ class Log(Source):
         time = np.sort(np.concatenate([rng.integers(0, 60, 80), rng.integers(60, 90, 21)]))
         log = pd.DataFrame({"user": user.astype(str), "item": item.astype(str), "time": time})
         log["rating"] = rng.choice([1.0, 4.5, np.nan], len(log))
-        tables = Tables(log, pd.DataFrame({"item": list("0123456"), "title": TITLES}), "log", "items")
+        tables = SourceData(log, pd.DataFrame({"item": list("0123456"), "title": TITLES}), "log", "items")
         tables.dropped = {"users with too few events": 7}
         return tables
 
@@ -31,8 +31,8 @@ def data(request):
     template = PromptTemplate(
         "Seen: {history}", entry="{rating}* {title}", max_history=5, max_tokens=60, max_title_tokens=6
     )
-    sizes = {"batch_size": 3, "window_batch_size": 2, "eval_batch_size": 4}
-    counts = {"rows_per_epoch": 17, "windows_per_epoch": 5, "val_rows": 3, "test_rows": None}
+    sizes = {"batch_size": 3, "stretch_batch_size": 2, "eval_batch_size": 4}
+    counts = {"rows_per_epoch": 17, "stretches_per_epoch": 5, "val_rows": 3, "test_rows": None}
     module = HistoryDataModule(Log(), template, request.param, **sizes, **counts)
     module.tokenize(ByteTokenizer())
     return module
@@ -71,14 +71,14 @@ def test_card(data):
         expected = {"mean": np.mean(values), "median": np.median(values), "95 %": np.quantile(values, 0.95)}
         assert card[name] == pytest.approx(expected | {"max": max(values)})
     assert card["titles cut"] == 3
-    drawn = {"windows": min(5, len(h.windows(h.train, 5))), "rows": 17, "validation": 3, "test": len(h.test)}
+    drawn = {"stretches": min(5, len(h.stretches(h.train, 5))), "rows": 17, "validation": 3, "test": len(h.test)}
     assert card["rows drawn for an epoch"] == drawn
 
 
 def test_padding_is_that_of_the_batches(data):
     shuffled = {"shuffle_seed": [0, 0]}
     loaders = {
-        "windows": data.batches(data.window_rows(0), 2, **shuffled),
+        "stretches": data.batches(data.stretch_rows(0), 2, **shuffled),
         "rows": data.batches(data.train_rows(0), 3, **shuffled),
         "validation": data.batches(data.evaluation_rows("val"), 4),
         "test": data.batches(data.evaluation_rows("test"), 4),

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
-from recsys.data import Columns, HistoryDataModule, PromptTemplate, Source, Tables
+from recsys.data import Columns, HistoryDataModule, PromptTemplate, Source, SourceData
 from recsys.types import UserError
 from tests.helpers_tokenizer import ByteTokenizer
 
@@ -22,11 +22,11 @@ class Simulated(Source):
         log[Columns.ITEM] = rng.integers(0, 9, len(log)).astype(str)
         log[Columns.TIME] = rng.permutation(len(log))
         items = pd.DataFrame({Columns.ITEM: [str(i) for i in range(9)], Columns.TITLE: ["x" * i for i in range(1, 10)]})
-        return Tables(log, items, "log", "items")
+        return SourceData(log, items, "log", "items")
 
 
 class Model(LightningModule):
-    """Remembers the rows it trained on, in order; the first ``warm_epochs`` train on windows."""
+    """Remembers the rows it trained on, in order; the first ``warm_epochs`` train on stretches."""
 
     def __init__(self, warm_epochs=0, fail_at=None):
         super().__init__()
@@ -37,8 +37,9 @@ class Model(LightningModule):
         self.seen = []
         self.evaluated = []
 
-    def trains_on_windows(self, epoch):
-        return epoch < self.warm_epochs
+    def phase_at(self, epoch):
+        supervised = epoch < self.warm_epochs
+        return SimpleNamespace(supervised=supervised, start=0 if supervised else self.warm_epochs)
 
     def training_step(self, batch, batch_idx):
         if len(self.seen) == self.fail_at:
@@ -57,7 +58,7 @@ class Model(LightningModule):
 
 
 def data(**kwargs):
-    kwargs = {"batch_size": 4, "window_batch_size": 4, "eval_batch_size": 5, "rows_per_epoch": 25} | kwargs
+    kwargs = {"batch_size": 4, "stretch_batch_size": 4, "eval_batch_size": 5, "rows_per_epoch": 25} | kwargs
     return HistoryDataModule(Simulated(), PromptTemplate("Seen: {history}", max_history=4), **kwargs)
 
 
@@ -160,17 +161,17 @@ def test_rows_of_an_epoch():
     assert sorted(rows_of(module.train_dataloader())) == sorted(rows[0])
     assert set(ready(rows_per_epoch=None).train_rows(0)) == set(module.histories.train)
     assert set(ready(seed=1).train_rows(0)) != set(rows[0])
-    assert set(module.window_rows(0)) == set(module.histories.windows(module.histories.train, 4))
-    assert len(ready(windows_per_epoch=3).window_rows(0)) == 3
+    assert set(module.stretch_rows(0)) == set(module.histories.stretches(module.histories.train, 4))
+    assert len(ready(stretches_per_epoch=3).stretch_rows(0)) == 3
 
 
-def test_fresh_rows_are_the_latest_and_in_no_window():
+def test_fresh_rows_are_the_latest_and_in_no_stretch():
     module = ready(fresh_share=0.25, rows_per_epoch=None)
     h = module.histories
-    fresh, windows = set(module.train_rows(0)), module.window_rows(0)
+    fresh, stretches = set(module.train_rows(0)), module.stretch_rows(0)
     assert len(fresh) == len(h.train) // 4
     assert fresh == set(h.train[-len(fresh) :])
-    learnt = {event for row in windows for event in range(h.history_start(np.array([row]), 4)[0], row + 1)}
+    learnt = {event for row in stretches for event in range(h.history_start(np.array([row]), 4)[0], row + 1)}
     assert not learnt & fresh
     assert learnt >= set(h.train[: -len(fresh)])  # every other target is in one
     for share in (-0.1, 1.0):
@@ -185,7 +186,7 @@ def test_evaluation_rows_are_spread_over_time():
         assert sorted(rows_of(loader)) == sorted(module.histories.test)
 
 
-@pytest.mark.parametrize("name", ["batch_size", "window_batch_size", "eval_batch_size", "rows_per_epoch", "val_rows"])
+@pytest.mark.parametrize("name", ["batch_size", "stretch_batch_size", "eval_batch_size", "rows_per_epoch", "val_rows"])
 def test_sizes_must_be_positive(name):
     with pytest.raises(UserError, match=f"data.{name} must be at least 1"):
         data(**{name: 0})
@@ -203,12 +204,21 @@ def test_trainer_settings_are_checked(tmp_path):
         module.setup("validate")
 
 
-def test_fit_trains_on_windows_then_on_fresh_rows_and_validates(tmp_path):
+def test_fit_trains_on_stretches_then_on_fresh_rows_and_validates(tmp_path):
     model, module = Model(warm_epochs=1), data(val_rows=7)
     trainer(tmp_path, limit_val_batches=1.0, max_epochs=3).fit(model, module)
     rows = [{row for e, batch in model.seen if e == epoch for row in batch} for epoch in range(3)]
-    assert rows == [set(module.window_rows(0)), set(module.train_rows(1)), set(module.train_rows(2))]
+    assert rows == [set(module.stretch_rows(0)), set(module.train_rows(0)), set(module.train_rows(1))]
     assert len(model.evaluated) == 3 * 7
+
+
+def test_a_phase_draws_the_same_batches_whenever_it_starts(tmp_path):
+    late, first = Model(warm_epochs=3), Model()
+    trainer(tmp_path, max_epochs=5).fit(late, data(stretches_per_epoch=9))
+    trainer(tmp_path, max_epochs=2).fit(first, data())
+    assert [(epoch - 3, rows) for epoch, rows in late.seen if epoch >= 3] == first.seen
+    stretches = [[rows for e, rows in late.seen if e == epoch] for epoch in range(3)]
+    assert stretches[0] != stretches[1] != stretches[2]
 
 
 def test_predict_covers_the_test_rows(tmp_path):

@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from recsys.policy import LLMPolicy, Policy, TinyPolicy
 from recsys.search import beam_search
-from recsys.tree import TreeEngine
+from recsys.engine import TreeEngine
 from recsys.trie import Trie
 from tests.naive import all_logprobs, item_logprob
 
@@ -147,10 +147,10 @@ def test_gradients_equal_full_rows(normalization: str) -> None:
 @pytest.mark.parametrize("normalization", ["trie", "vocab"])
 def test_the_output_head_runs_in_chunks_of_bounded_memory(normalization: str, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make(normalization=normalization)
-    sizes, logprobs = [], engine._logprobs
-    monkeypatch.setattr("recsys.tree.MAX_LOGITS", 3 * 257)
+    sizes, logprobs = [], engine.head._logprobs
+    monkeypatch.setattr("recsys.logprobs.MAX_LOGITS", 3 * 257)
     monkeypatch.setattr(
-        engine, "_logprobs", lambda *args: sizes.append(args[0].shape[0] * len(args[3])) or logprobs(*args)
+        engine.head, "_logprobs", lambda *args: sizes.append(args[0].shape[0] * len(args[3])) or logprobs(*args)
     )
     assert_gradients_equal_full_rows(engine, 1e-5)
     assert max(sizes) <= 3 * 257
@@ -185,7 +185,7 @@ def test_titles_inside_the_prompt(normalization: str) -> None:
     tokens = head + [t for i in history for t in SEQUENCES[i]]
     starts = [2, 2 + len(SEQUENCES[1]), 2 + len(SEQUENCES[1]) + len(SEQUENCES[7])]
     _, hidden = engine.forward(*batch([tokens, head]), torch.tensor([[0], [0]]))
-    found = engine.history_logprobs(hidden, torch.tensor([history, [-1] * 3]), torch.tensor([starts, [0] * 3]))
+    found = engine.head.history_logprobs(hidden, torch.tensor([history, [-1] * 3]), torch.tensor([starts, [0] * 3]))
     expected = [
         item_logprob(engine.policy, tokens[:start], SEQUENCES, item, normalization)
         for item, start in zip(history, starts, strict=True)

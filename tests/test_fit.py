@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from recsys.data import PromptTemplate
 from recsys.module import Recommender
 from recsys.objectives import GRPO, SoftmaxDPO, SupervisedFineTuning, TAWin
-from recsys.policy import Lora, TinyPolicy
+from recsys.policy import LLMPolicy, Lora, TinyPolicy
 from recsys.types import UserError
 from recsys.window import Window
 from tests.conftest import Run
@@ -83,6 +83,43 @@ def test_logged_metrics_are_the_means_of_the_rows(finished: tuple[Run, Losses]) 
     assert ((no_ties["rank"] <= 5) == (no_ties["recall@5"] == 1)).all()
     row = frame.iloc[0]
     assert row["item_id"] == run.data.catalog.item_ids[run.data.histories.items[row["row"]]]
+
+
+def by_parts(tables, folder: Path, mode: str, objective: GRPO) -> tuple[Run, Run]:
+    """A warm start and two policy epochs in one run, and the same policy epochs from the warm start's adapter."""
+    base = TinyPolicy(hidden_size=32)
+    base.build(torch.device("cpu"))
+    base.model.save_pretrained(folder / "base")
+    base.tokenizer.save_pretrained(folder / "base")
+    options = {"model": str(folder / "base"), "quantization": "none", "dtype": "float32"}
+    negatives = {"mode": mode, "every_n_steps": 2}
+
+    def run(name: str, policy: LLMPolicy, warm: int, epochs: int) -> Run:
+        model = {"objective": objective, "warm_start_epochs": warm}
+        return Run(tables, folder / name, policy, model, negatives=negatives, max_epochs=epochs).fit()
+
+    whole = run("whole", LLMPolicy(**options, lora=Lora(r=4)), 2, 4)
+    warm = run("warm", LLMPolicy(**options, lora=Lora(r=4)), 2, 2)
+    return whole, run("rest", LLMPolicy(**options, adapter=str(warm.checkpoints / "last.adapter")), 0, 2)
+
+
+@pytest.mark.parametrize(
+    ("mode", "objective"),
+    [
+        ("beam", TAWin(learning_rate=1e-3, kl_coef=0.1)),
+        ("beam", TAWin(learning_rate=1e-3, anchor_coef=0.1)),
+        ("random", GRPO(learning_rate=1e-3)),
+    ],
+)
+def test_a_phase_after_a_warm_start_is_the_run_from_its_adapter(tables, tmp_path: Path, mode, objective) -> None:
+    """Weight for weight: optimiser, learning rate, rows, negatives and reference begin anew with the phase."""
+    whole, rest = by_parts(tables, tmp_path, mode, objective)
+    start = torch.load(tmp_path / "warm" / "checkpoints" / "test" / "version_0" / "last.ckpt")["state_dict"]
+    assert whole.weights.keys() == rest.weights.keys()
+    for name, weight in whole.weights.items():
+        assert torch.equal(weight, rest.weights[name]), name
+    assert any(not torch.equal(weight, start[f"policy.{name}"]) for name, weight in whole.weights.items())
+    assert torch.equal(whole.negatives.groups.items, rest.negatives.groups.items)
 
 
 def test_learning_rate_follows_each_phase(finished: tuple[Run, Losses]) -> None:
@@ -175,15 +212,13 @@ def test_reference_is_the_policy_after_the_warm_start(tables, tmp_path: Path) ->
     items = groups.items[groups.find(batch.row)]
     with torch.no_grad(), policy.using(run.negatives.start):
         expected, _ = run.model.engine.forward(batch.tokens, batch.length, items)
-    found = groups.reference[groups.find(batch.row)]
+    found = groups.ref_logprobs[groups.find(batch.row)]
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-    assert (groups.behaviour[groups.find(batch.row)] - found).abs().max() > 1e-3
+    assert (groups.old_logprobs[groups.find(batch.row)] - found).abs().max() > 1e-3
 
 
 def test_start_from_an_existing_adapter(tables, tmp_path: Path) -> None:
     """A run without a warm start begins where the adapter's run ended."""
-    from recsys.policy import LLMPolicy
-
     base = TinyPolicy(hidden_size=32)
     base.build(torch.device("cpu"))
     base.model.save_pretrained(tmp_path / "base")
@@ -251,12 +286,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_batch(tables, tmp
     ("change", "message"),
     [
         ({"model": {"window": Window(k=10, half_width=5)}}, "window ends at negative 15"),
-        ({"model": {"window": Window(alpha=0.5, d=0.6)}}, "alpha"),
-        ({"model": {"window": Window(k=3)}}, "either alpha and d, or k and half_width"),
-        ({"model": {"cutoffs": (1, 13)}}, "cutoffs: 13"),
-        ({"negatives": {"num_negatives": 4}}, "window ends at negative 5"),
-        ({"negatives": {"mode": "random"}}, "window ends at negative 5"),
-        ({"negatives": {"num_negatives": 19}}, "too few that can be a negative"),
+        ({"model": {"cutoffs": (1, 13)}}, "cutoffs has 13, but model.num_beams is 12: set model.num_beams to 13"),
+        ({"negatives": {"count": 4}}, "window ends at negative 5, but negatives.count is 4.*set negatives.count to 6"),
+        ({"negatives": {"mode": "random"}}, "negatives.mode is random, but model.objective"),
+        ({"negatives": {"count": 19}}, "count is 19, but of 20 items only 18 can be a negative.*set it to 18"),
         ({"data": {"prompt": PromptTemplate("Seen:\n{history}", max_tokens=5000)}}, "positions"),
         ({"reload_dataloaders_every_n_epochs": 0}, "reload_dataloaders_every_n_epochs"),
     ],
@@ -284,7 +317,7 @@ def test_a_precision_that_rounds_scores_is_refused(tables, tmp_path: Path, preci
         Run(tables, tmp_path, precision=precision).fit()
 
 
-@pytest.mark.parametrize("objective", [SupervisedFineTuning(), GRPO(nll_coef=0.1), TAWin(gate="none"), SoftmaxDPO()])
+@pytest.mark.parametrize("objective", [SupervisedFineTuning(), GRPO(anchor_coef=0.1), TAWin(gate="none"), SoftmaxDPO()])
 def test_every_objective_moves_all_trained_weights(tables, tmp_path: Path, objective) -> None:
     run = Run(tables, tmp_path, model={"objective": objective, "warm_start_epochs": 0}, max_epochs=1)
     before: dict[str, torch.Tensor] = {}
@@ -299,7 +332,7 @@ def test_every_objective_moves_all_trained_weights(tables, tmp_path: Path, objec
 
 
 def test_exact_validation_ranks_as_a_beam_as_wide_as_the_catalogue(tables, tmp_path: Path) -> None:
-    beam = Run(tables, tmp_path / "beam", model={"beams": 20})
+    beam = Run(tables, tmp_path / "beam", model={"num_beams": 20})
     exact = Run(tables, tmp_path / "exact", model={"exact": True, "window": Window(alpha=0.0, d=1.0)})
     wide = beam.trainer.validate(beam.model, beam.data, verbose=False)[0]
     full = exact.trainer.validate(exact.model, exact.data, verbose=False)[0]
@@ -369,4 +402,4 @@ def test_two_processes_train(tables, tmp_path: Path) -> None:
     saved = torch.load(last, weights_only=False)
     groups = saved["callbacks"]["BeamNegatives"]["groups"]
     run.data.load()
-    assert groups["row"].tolist() == sorted(run.data.train_rows(1).tolist())
+    assert groups["row"].tolist() == sorted(run.data.train_rows(0).tolist())

@@ -62,14 +62,14 @@ def test_temporal_split_never_trains_on_the_future(events):
 
 @settings(deadline=None)
 @given(events=logs, size=st.integers(1, 5), split=st.sampled_from(["temporal", "leave_one_out"]))
-def test_windows_tile_each_users_train_rows(events, size, split):
+def test_stretches_tile_each_users_train_rows(events, size, split):
     try:
         data = histories(events, split)
     except UserError:
         return
-    windows = data.windows(data.train, size)
-    assert set(windows) <= set(data.train)
-    covered = [e for row in windows for e in range(row - len(data.history(row, size)), row + 1)]
+    stretches = data.stretches(data.train, size)
+    assert set(stretches) <= set(data.train)
+    covered = [e for row in stretches for e in range(row - len(data.history(row, size)), row + 1)]
     assert len(covered) == len(set(covered))
     for user in set(data.users[data.train]):
         own = [e for e in covered if data.users[e] == user]
@@ -140,13 +140,13 @@ def test_leave_one_out():
     assert [data.items[part].tolist() for part in (data.train, data.val, data.test)] == [[1], [2], [5, 3]]
 
 
-def test_windows_by_hand():
+def test_stretches_by_hand():
     data = one_user(14)  # 13 rows: events 1..11 train, 12 val, 13 test
     assert data.train.tolist() == list(range(1, 12))
-    assert data.windows(data.train, 3).tolist() == [3, 7, 11]
-    assert data.windows(data.train, 4).tolist() == [1, 6, 11]
-    assert data.windows(data.train, 100).tolist() == [11]
-    assert data.windows(data.train[:9], 3).tolist() == [1, 5, 9]
+    assert data.stretches(data.train, 3).tolist() == [3, 7, 11]
+    assert data.stretches(data.train, 4).tolist() == [1, 6, 11]
+    assert data.stretches(data.train, 100).tolist() == [11]
+    assert data.stretches(data.train[:9], 3).tolist() == [1, 5, 9]
 
 
 def test_equal_times_keep_file_order():

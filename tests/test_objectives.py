@@ -12,6 +12,7 @@ from torch import Tensor
 
 from recsys.objectives import GRPO, GroupObjective, ScoredGroups, SoftmaxDPO, TAWin
 from recsys.types import UserError
+from recsys.window import Window
 from tests.conftest import Run
 
 
@@ -22,19 +23,19 @@ def random_groups(count: int = 200, size: int = 9) -> ScoredGroups:
     negatives = scores[:, 1:].sort(descending=True).values[:, : size - 1]
     positive = negatives[:, :1] + torch.randn(count, 1, generator=generator).double()
     behaviour = torch.cat([positive, negatives], 1)
-    return ScoredGroups(behaviour.clone(), behaviour, None, (2 / 49, 3 / 49, 49))
+    return ScoredGroups(behaviour.clone(), behaviour, None, Window(alpha=2 / 49, d=3 / 49).resolve(49))
 
 
 def test_grpo_without_injected_positives_is_grpo_on_the_beam() -> None:
     """ReRe: the group is the beam of ``size - 1`` items, reward 1 where it is the positive, standardised."""
     groups = random_groups()
-    trains = GRPO(inject_positive=False).trains(groups.behaviour)
+    trains = GRPO(train_missed=False).trains(groups.old_logprobs)
     assert 20 < trains.sum() < 190
     for row in range(len(trains)):
-        beam = groups.behaviour[row].argsort(descending=True)[:-1]  # without the worst, which a beam would not hold
+        beam = groups.old_logprobs[row].argsort(descending=True)[:-1]  # without the worst, which a beam would not hold
         rewards = (beam == 0).double()
         assert bool(trains[row]) == bool(rewards.std() > 0)
-    assert bool(GRPO().trains(groups.behaviour).all())
+    assert bool(GRPO().trains(groups.old_logprobs).all())
 
 
 def test_trained_groups_include_every_open_gate() -> None:
@@ -43,14 +44,14 @@ def test_trained_groups_include_every_open_gate() -> None:
     objective = TAWin()
     is_open = objective.loss(groups)["gate_open"].bool()
     assert 10 < is_open.sum() < 190
-    assert bool((objective.trains(groups.behaviour) | ~is_open).all())
+    assert bool((objective.trains(groups.old_logprobs) | ~is_open).all())
 
 
 def by_hand(groups: ScoredGroups, row: int, advantages: list[float], clip: float) -> tuple[float, float, float]:
     """Policy loss, KL estimate and NLL of one group, item by item."""
     policy = kl = 0.0
     for j, a in enumerate(advantages):
-        score, old, start = (x[row, j].item() for x in (groups.scores, groups.behaviour, groups.reference))
+        score, old, start = (x[row, j].item() for x in (groups.scores, groups.old_logprobs, groups.ref_logprobs))
         ratio = math.exp(score - old)
         policy -= min(ratio * a, min(max(ratio, 1 - clip), 1 + clip) * a) / len(advantages)
         kl += (math.exp(start - score) - (start - score) - 1) / len(advantages)
@@ -61,18 +62,19 @@ def moved_groups() -> ScoredGroups:
     groups = random_groups()
     generator = torch.Generator().manual_seed(1)
     groups.scores += 0.3 * torch.randn(groups.scores.shape, generator=generator).double()
-    groups.reference = groups.behaviour + 0.3 * torch.randn(groups.scores.shape, generator=generator).double()
+    groups.ref_logprobs = groups.old_logprobs + 0.3 * torch.randn(groups.scores.shape, generator=generator).double()
     return groups
 
 
 @pytest.mark.parametrize("objective", [GRPO, TAWin])
 def test_the_terms_of_a_policy_loss_have_their_weights(objective: type[GRPO]) -> None:
     groups = moved_groups()
-    found = objective(clip=0.1, kl_coef=0.3, nll_coef=0.7).loss(groups)
+    found = objective(clip_eps=0.1, kl_coef=0.3).loss(groups)
     advantages = objective().advantages(groups)
     for row in range(len(groups.scores)):
         policy, kl, nll = by_hand(groups, row, advantages[row].tolist(), clip=0.1)
-        assert found["loss"][row].item() == pytest.approx(policy + 0.3 * kl + 0.7 * nll, rel=1e-9)
+        assert found["loss"][row].item() == pytest.approx(policy + 0.3 * kl, rel=1e-9)
+        assert found["nll"][row].item() == pytest.approx(nll, rel=1e-9)
         assert (found["policy_loss"][row].item(), found["kl"][row].item()) == pytest.approx((policy, kl), rel=1e-9)
 
 
@@ -98,20 +100,20 @@ def test_the_sigmoid_gate_has_the_temperature_that_was_given() -> None:
 
 
 @pytest.mark.parametrize(
-    ("objective", "key"), [(TAWin, "temperature"), (TAWin, "clip"), (GRPO, "clip"), (SoftmaxDPO, "beta")]
+    ("objective", "key"), [(TAWin, "temperature"), (TAWin, "clip_eps"), (GRPO, "clip_eps"), (SoftmaxDPO, "beta")]
 )
 @pytest.mark.parametrize("value", [0.0, -1.0])
 def test_a_scale_that_is_not_positive_is_refused_before_anything_starts(objective, key: str, value: float) -> None:
-    with pytest.raises(UserError, match=f"{objective.__name__}: {key} must be greater than 0, but it is {value:g}"):
+    with pytest.raises(UserError, match=f"model.objective: {key} must be greater than 0, but it is {value:g}"):
         objective(**{key: value})
 
 
-def test_softmax_dpo_has_its_scale_and_its_nll_term() -> None:
+def test_softmax_dpo_has_its_scale() -> None:
     groups = moved_groups()
-    found = SoftmaxDPO(beta=0.4, nll_coef=0.7).loss(groups)["loss"]
+    found = SoftmaxDPO(beta=0.4).loss(groups)["loss"]
     for row in range(len(found)):
-        x = (0.4 * (groups.scores - groups.reference)[row]).exp()
-        want = -math.log(x[0] / x.sum()) - 0.7 * groups.scores[row, 0].item()
+        x = (0.4 * (groups.scores - groups.ref_logprobs)[row]).exp()
+        want = -math.log(x[0] / x.sum())
         assert found[row].item() == pytest.approx(want, rel=1e-9)
 
 
@@ -138,14 +140,14 @@ class Steps(Callback):
 def run_with(tables, folder: Path, objective: GroupObjective, epochs: int = 1) -> tuple[Run, Steps]:
     steps = Steps()
     model = {"objective": objective, "warm_start_epochs": 0}
-    run = Run(tables, folder, model=model, max_epochs=epochs, callbacks=[steps], negatives={"num_negatives": 10})
+    run = Run(tables, folder, model=model, max_epochs=epochs, callbacks=[steps], negatives={"count": 10})
     return run.fit(), steps
 
 
 def test_skipping_groups_below_the_beam_changes_nothing_where_their_gates_stay_shut(tables, tmp_path: Path) -> None:
     rate = {"learning_rate": 1e-6}  # the ranks hardly move within the epoch
     some, skipped = run_with(tables, tmp_path / "some", TAWin(**rate))
-    every, _ = run_with(tables, tmp_path / "all", TAWin(**rate, inject_positive=True))
+    every, _ = run_with(tables, tmp_path / "all", TAWin(**rate, train_missed=True))
     assert any(step["train/gate_open"] > 0 for step in skipped.logged)
     assert sum(skipped.scored) < 32  # rows of the epoch
     for name, weight in some.weights.items():

@@ -11,7 +11,7 @@ from recsys.functional import group_advantages, kl_divergence, policy_loss, soft
 def test_equals_a_loop_over_the_group() -> None:
     torch.manual_seed(0)
     logprobs, behaviour, advantages = (torch.randn(30, 6).double() for _ in range(3))
-    got = policy_loss(logprobs, behaviour, advantages, clip=0.2)
+    got = policy_loss(logprobs, behaviour, advantages, clip_eps=0.2)
     sides = set()
     for row in range(30):
         total = 0.0
@@ -117,7 +117,7 @@ def test_low_precision_is_widened_before_the_difference() -> None:
 def test_wrong_input_is_refused() -> None:
     x = torch.zeros(2, 3)
     for clip in (0, -0.1, math.nan):
-        with pytest.raises(ValueError, match="clip must be greater than 0"):
+        with pytest.raises(ValueError, match="clip_eps must be greater than 0"):
             policy_loss(x, x, x, clip)
     with pytest.raises(ValueError, match=r"advantages must be \[2, 3\]"):
         policy_loss(x, x, x[:, :1], 0.2)

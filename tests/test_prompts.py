@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recsys.data import BatchDataset, Catalog, Histories, PromptEncoder, PromptTemplate, Tables
+from recsys.data import BatchDataset, Catalog, Histories, PromptEncoder, PromptTemplate, SourceData
 from recsys.data.prompts import write_entries
 from recsys.types import UserError
 from tests.helpers_tokenizer import ByteTokenizer, chat_tokenizer
@@ -107,7 +107,7 @@ def tables(**columns):
     items = pd.DataFrame(
         {"item": list("xyz"), "title": ["Xena", "Yes", "Zorro"], "category": ["TV 2.0", "", "{title}"]}
     )
-    return Tables(log, items, "log", "items")
+    return SourceData(log, items, "log", "items")
 
 
 def written(entry, data):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 
-from callbacks.ranking_report import Validation, bootstrap_interval, closing_table, roc_figure
+from recsys.reporting import Validation, bootstrap_interval, closing_table, roc_figure
+from recsys.window import Dial, DialSettings, Window
+
+
+def dial(*cutoffs: int, window: Window = Window(k=10)) -> Dial:
+    return DialSettings(window, cutoffs, num_beams=21).resolve(num_items=101, most_negatives=100)
 
 
 def validation(phase: str, ranks: list[float], step: int = 0, user: list[int] | None = None) -> Validation:
@@ -37,7 +40,7 @@ def test_closing_table_takes_the_last_of_each_phase_and_pairs_the_rows() -> None
         validation("warm start", [50, 50, 9, 9]),
         validation("TAWin", [50, 1, 9, 9]),
     ]
-    text = closing_table(runs, (1, 10), resamples=200)
+    text = closing_table(runs, dial(1, 10), resamples=200)
     lines = [line.split() for line in text.splitlines() if line]
     assert lines[1][:2] == ["start", "4"]
     assert lines[2][:5] == ["warm", "start", "4", "0.0000", "0.5000"]
@@ -49,29 +52,28 @@ def test_closing_table_takes_the_last_of_each_phase_and_pairs_the_rows() -> None
 
 def test_closing_table_gives_user_means_and_filtered_means() -> None:
     """User 0 has three rows of four."""
-    text = closing_table([validation("start", [1, 15, 15, 50], user=[0, 7, 0, 0])], (1, 10), resamples=50)
+    text = closing_table([validation("start", [1, 15, 15, 50], user=[0, 7, 0, 0])], dial(1, 10), resamples=50)
     assert "start: mean over 2 users: recall@10 0.1667, wpauc 0.1667; without seen items: recall@10 0.7500" in text
 
 
 def test_closing_table_of_a_run_that_was_resumed_with_other_cutoffs() -> None:
-    text = closing_table([validation("start", [1, 50]), validation("TAWin", [1, 9])], (1, 5, 10), resamples=50)
+    text = closing_table([validation("start", [1, 50]), validation("TAWin", [1, 9])], dial(1, 5, 10), resamples=50)
     assert text.split()[3:9] == ["R@1", "R@10", "N@1", "N@10", "WPAUC", "train"]
 
 
 def test_closing_table_pairs_the_rows_that_a_resumed_run_still_validates() -> None:
     start, end = validation("start", [1, 1, 1, 50]), validation("TAWin", [50, 1])
     end.row = np.array([0, 3])
-    text = closing_table([start, end], (1, 10), resamples=50)
+    text = closing_table([start, end], dial(1, 10), resamples=50)
     assert "recall@10: TAWin - start = +0.0000 [" in text  # row 0 falls, row 3 rises
     assert "over 2 rows" in text
     end.row += 10
-    assert "TAWin - start" not in closing_table([start, end], (1, 10), resamples=50)
+    assert "TAWin - start" not in closing_table([start, end], dial(1, 10), resamples=50)
 
 
 def test_roc_figure_draws_recall_against_rank_and_shades_the_window() -> None:
     ranks = [1, 1, 4, 9, 30, np.inf]
-    module = SimpleNamespace(listed=21, num_negatives=100, alpha=0.02, d=0.05, cutoffs=(1, 5, 10))
-    axes = roc_figure(validation("TAWin", ranks), module).axes[0]
+    axes = roc_figure(validation("TAWin", ranks), dial(1, 5, 10, window=Window(alpha=0.02, d=0.05))).axes[0]
     curve = axes.lines[0]
     for k in range(1, 21):
         assert curve.get_ydata()[k - 1] == pytest.approx(np.mean([r <= k for r in ranks]))
@@ -79,3 +81,13 @@ def test_roc_figure_draws_recall_against_rank_and_shades_the_window() -> None:
     assert (shade.get_x(), shade.get_x() + shade.get_width()) == pytest.approx((2, 7))
     marks = [(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines[1:]]
     assert marks == [(k - 1, pytest.approx(np.mean([r <= k for r in ranks]))) for k in (1, 5, 10)]
+
+
+def test_the_report_is_of_the_chosen_k() -> None:
+    ranks = [1, 3, 50]
+    values = {f"recall@{k}": (np.array(ranks) <= k).astype(float) for k in (1, 3)} | {"rank": np.array(ranks, float)}
+    row = np.arange(3)
+    shown = [Validation(phase, 0, row, row, values, 0.0, 0.0) for phase in ("start", "TAWin")]
+    text = closing_table(shown, dial(1, window=Window(k=3)), resamples=50)
+    assert "recall@3: TAWin - start = " in text
+    assert "recall@1: " not in text

@@ -118,7 +118,7 @@ def test_a_divided_4_bit_base_trains_the_adapter_that_ddp_trains(local_model: st
     whole, found = (torch.load(path, weights_only=False) for path in paths.values())
     assert max(v.abs().max() for k, v in whole["state_dict"].items() if "lora_B" in k) > 1e-3  # it did learn
     torch.testing.assert_close(found["state_dict"], whole["state_dict"], atol=1e-5, rtol=1e-3)
-    for name in ("row", "items", "behaviour", "reference"):
+    for name in ("row", "items", "old_logprobs", "ref_logprobs"):
         expected = whole["callbacks"]["BeamNegatives"]["groups"][name]
         torch.testing.assert_close(found["callbacks"]["BeamNegatives"]["groups"][name], expected, atol=1e-3, rtol=0)
 

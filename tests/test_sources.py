@@ -3,7 +3,7 @@ import gzip
 import pandas as pd
 import pytest
 
-from recsys.data import Columns, Table, Tables
+from recsys.data import Columns, SourceData, Table
 from recsys.types import UserError
 
 ITEMS = "item_id,title\n007,Alien\n7,Brazil\n"
@@ -123,7 +123,7 @@ def test_missing_title_of_another_source():
     items = pd.DataFrame({Columns.ITEM: ["a"], Columns.TITLE: [None]})
     log = pd.DataFrame({Columns.USER: ["u"], Columns.ITEM: ["a"], Columns.TIME: [1]})
     with pytest.raises(UserError, match="items, row 0: item id 'a' has no title"):
-        Tables(log, items, "log", "items")
+        SourceData(log, items, "log", "items")
 
 
 def test_repeated_item_id(table):

@@ -1,4 +1,4 @@
-"""The formats of `Table`, its cache, and `Hub`."""
+"""The formats of `Table`, its cache, `DataFrames` and `HubDataset`."""
 
 import ast
 import csv
@@ -12,8 +12,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
+from jsonargparse import ArgumentParser
 
-from recsys.data import Catalog, Columns, Filters, Hub, Table
+from recsys.data import Catalog, Columns, DataFrames, Filters, HubDataset, Source, Table
 from recsys.data.sources import files
 from recsys.types import UserError
 
@@ -89,6 +91,33 @@ def test_parquet_of_a_categorical(table, tmp_path):
     assert source.load().interactions[Columns.ITEM].tolist() == ["007", "7", "7"]
 
 
+@pytest.mark.parametrize(
+    ("source", "paths"),
+    [
+        ("Table", {"interactions": "log.csv", "items": "../items.csv"}),
+        ("HistoryRows", {"files": ["train.csv", "/test.csv"]}),
+        ("MovieLens", {"folder": "ml"}),
+        ("AmazonReviews", {"reviews": "log.json", "metadata": "~/meta.json"}),
+        ("Yelp", {"folder": "../yelp"}),
+    ],
+)
+def test_paths_in_a_yaml_count_from_that_file(tmp_path, source, paths):
+    (tmp_path / "data").mkdir()
+    arguments = {"class_path": f"recsys.data.{source}", "init_args": paths | {"cache_dir": "cache"}}
+    (tmp_path / "data" / "set.yaml").write_text(yaml.safe_dump(arguments))
+    (tmp_path / "whole.yaml").write_text("source: data/set.yaml\n")
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(Source, "source")
+    for parsed in (
+        parser.parse_args([f"--source={tmp_path}/data/set.yaml"]),
+        parser.parse_path(tmp_path / "whole.yaml"),
+    ):
+        assert parsed.source.init_args.cache_dir == "cache"
+        for name, value in paths.items():
+            absolute = [os.path.abspath(tmp_path / "data" / os.path.expanduser(p)) for p in np.atleast_1d(value)]
+            assert np.atleast_1d(parsed.source.init_args[name]).tolist() == absolute
+
+
 def test_titles_may_be_the_ids(table):
     tables = table(rows=[["u", "Heat", "1", "2"]], item_rows=[["Heat", "?", ""]], title="item_id").load()
     assert tables.items[Columns.TITLE].tolist() == ["Heat"]
@@ -98,7 +127,7 @@ def test_many_rows_are_encoded_piece_by_piece(table, monkeypatch):
     """The pieces meet different ids and kinds of numbers; the result is that of the csv module."""
     monkeypatch.setattr(files, "_ROWS", 7)
     monkeypatch.setattr("recsys.data.sources.reading._ROWS", 10)
-    monkeypatch.setattr("recsys.data.sources.tables._SLICE", 9)
+    monkeypatch.setattr("recsys.data.sources.source._SLICE", 9)
     rng = np.random.default_rng(0)
     rows = [[f"u{rng.integers(20)}", str(rng.integers(2)), str(i + 0.5 * (i > 40)), "1"] for i in range(71)]
     for suffix in ("csv", "jsonl", "parquet"):
@@ -112,7 +141,7 @@ def test_many_rows_are_encoded_piece_by_piece(table, monkeypatch):
 
 
 def test_dates_in_pieces(table, monkeypatch):
-    monkeypatch.setattr("recsys.data.sources.tables._SLICE", 2)
+    monkeypatch.setattr("recsys.data.sources.source._SLICE", 2)
     dates = ["2024-01-01", "2024-01-01 00:00:01", "2024-01-01T00:00:02.000003999", "1969-12-31T23:59:59Z"]
     time = table(rows=[["u", "7", date, "1"] for date in dates]).load().interactions[Columns.TIME]
     assert time.tolist() == [1704067200000000, 1704067201000000, 1704067202000003, -1000000]
@@ -127,7 +156,7 @@ def test_unreadable_rating(table):
 
 
 def test_filters_that_need_ratings_are_refused_at_once():
-    for source in (Table, Hub):
+    for source in (Table, DataFrames, HubDataset):
         with pytest.raises(UserError, match="`rating`"):
             source("log.csv", "items.csv", filters=Filters(min_rating=3))
 
@@ -252,6 +281,61 @@ def test_datasets_is_imported_only_to_read_a_file():
             assert path.name == "cache.py" or not {"datasets", "recsys.data.sources.cache"} & set(names)
 
 
+# ------------------------------------------------------------------------------------------------ frames
+
+
+@pytest.mark.parametrize("rows", [LOG, [[9, 7, 1.5, 3.0], [7.0, 7, 2, None]]])
+@pytest.mark.parametrize("filters", [None, Filters(min_rating=3, k_core=1)])
+def test_frames_give_the_same_as_a_table(table, tmp_path, monkeypatch, rows, filters):
+    """Whatever their index, and without any change to them; numbers are compared with those of Parquet."""
+    monkeypatch.setattr("recsys.data.sources.reading._ROWS", 2)
+    log = pd.DataFrame(rows, index=list("cba")[: len(rows)], columns=LOG_NAMES)
+    items = pd.DataFrame(ITEMS, columns=ITEM_NAMES).assign(more=object())
+    before = log.copy(), items.copy()
+    columns = {"rating": "stars", "category": "genre", "filters": filters}
+    found = DataFrames(log, items, **columns).load()
+    source = table("log.parquet", "items.parquet", **columns)
+    log.to_parquet(tmp_path / "log.parquet")
+    expected = source.load()
+    for frame in (expected.interactions, expected.items):
+        frame.index -= 1  # the rows of a file count from 1
+    pd.testing.assert_frame_equal(found.interactions, expected.interactions)
+    pd.testing.assert_frame_equal(found.items, expected.items)
+    assert found.dropped == expected.dropped
+    pd.testing.assert_frame_equal(log, before[0])
+    pd.testing.assert_frame_equal(items, before[1])
+
+
+def test_times_of_frames():
+    items = pd.DataFrame({"item_id": [1], "title": ["x"]})
+    for times in (["2024-01-02", "2024-01-01"], np.array(["2024-01-02T00:00:00.000000999", "2024-01-01"], "M8[ns]")):
+        log = pd.DataFrame({"user_id": 0, "item_id": 1, "timestamp": times})
+        found = DataFrames(log, items).load().interactions
+        assert found[Columns.TIME].tolist() == [1704153600000000, 1704067200000000]
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"item_id": ["7", "x"]}, ["interactions, row 1", "'x' is not in items", "1 such rows"]),
+        ({"user_id": ["u", None]}, ["interactions, row 1", "user id nan is empty"]),
+        ({"timestamp": [1, None]}, ["interactions, row 1", "time <NA>"]),
+        ({"user_id": ["u", 1]}, ["interactions", "neither text nor numbers", "user_id"]),
+    ],
+)
+def test_faults_of_frames_name_the_position(change, parts):
+    log = pd.DataFrame({"user_id": ["u", "v"], "item_id": ["7", "7"], "timestamp": [1, 2]} | change, index=[5, 6])
+    fails(DataFrames(log, pd.DataFrame({"item_id": ["7"], "title": ["x"]})), *parts)
+
+
+def test_frames_without_a_column_or_rows():
+    log = pd.DataFrame({"user_id": ["u"], "item_id": ["7"], "timestamp": [1]})
+    items = pd.DataFrame({"item_id": ["7"], "name": ["x"]})
+    fails(DataFrames(log, items), "items: column 'title' is missing; there are 'item_id', 'name'")
+    fails(DataFrames(log, items, title="name", time="when"), "interactions: column 'when' is missing", "'timestamp'")
+    fails(DataFrames(log[:0], items, title="name"), "interactions: has no rows")
+
+
 # --------------------------------------------------------------------------------------------------- hub
 
 
@@ -262,14 +346,14 @@ def test_hub_reads_a_folder(tmp_path, monkeypatch):
     (tmp_path / "titles").mkdir()
     dump(tmp_path / "titles" / "test.csv", ITEM_NAMES, [["a", "Alien", "x"], ["b", "Brazil", "y"]])
     arguments = {"items_split": "test", "category": "genre", "cache_dir": str(tmp_path / "cache")}
-    tables = Hub(str(tmp_path / "set"), str(tmp_path / "titles"), **arguments).load()
+    tables = HubDataset(str(tmp_path / "set"), str(tmp_path / "titles"), **arguments).load()
     assert tables.interactions.to_numpy().tolist() == [["1", "a", 3], ["2", "b", 1]]
     assert tables.interactions.index.tolist() == [0, 1]
     assert tables.items.to_numpy().tolist() == [["a", "Alien", "x"], ["b", "Brazil", "y"]]
-    missing = Hub(str(tmp_path / "set"), str(tmp_path / "titles"), items_split="test", rating="score")
+    missing = HubDataset(str(tmp_path / "set"), str(tmp_path / "titles"), items_split="test", rating="score")
     missing.cache_dir = str(tmp_path / "cache")
     fails(missing, "set", "'score' is missing", "'stars'")
 
 
 def test_hub_names_what_cannot_be_loaded(tmp_path):
-    fails(Hub(str(tmp_path / "nothing"), str(tmp_path / "nothing")), "nothing", "cannot be loaded")
+    fails(HubDataset(str(tmp_path / "nothing"), str(tmp_path / "nothing")), "nothing", "cannot be loaded")

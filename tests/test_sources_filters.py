@@ -1,4 +1,4 @@
-"""Filters, and the parts of the contract of `Tables` that only other sources reach."""
+"""Filters, and the parts of the contract of `SourceData` that only other sources reach."""
 
 from collections import Counter
 
@@ -6,14 +6,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from recsys.data import Columns, Filters, HistoryDataModule, PromptTemplate, Source, Tables
-from recsys.data.sources.tables import k_core
+from recsys.data import Columns, Filters, HistoryDataModule, PromptTemplate, Source, SourceData
+from recsys.data.sources.source import k_core
 from recsys.types import UserError
 
 
 def tables(rows, columns=("user", "item", "time", "rating"), items="abcd"):
     log = pd.DataFrame(rows, columns=list(columns))
-    return Tables(log, pd.DataFrame({"item": list(items), "title": list(items)}), "log", "items")
+    return SourceData(log, pd.DataFrame({"item": list(items), "title": list(items)}), "log", "items")
 
 
 def kept(filters, rows):
@@ -107,7 +107,7 @@ def test_filters_that_cannot_be_meant():
 def test_normalised_columns():
     log = pd.DataFrame({"user": ["u"], "item": ["a"], "time": [1], "rating": ["3"]})
     items = pd.DataFrame({"item": ["a", "b"], "title": [" A  b", "c"], "category": [" x\ty ", None]})
-    result = Tables(log, items, "log", "items")
+    result = SourceData(log, items, "log", "items")
     assert result.items.to_numpy().tolist() == [["a", "A b", "x y"], ["b", "c", ""]]
     assert result.interactions[Columns.RATING].dtype == float
 

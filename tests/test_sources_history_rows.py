@@ -11,18 +11,18 @@ from recsys.types import UserError
 TITLES = [f'Item\'s "{i % 40}", \\n' for i in range(50)]  # titles repeat
 
 
-def published(users, window, with_time, seed=0):
+def published(users, max_history, with_time, seed=0):
     """Rows as the published files have them, sorted by time, and the events they were made from."""
     rng = np.random.default_rng(seed)
     rows, events = [], {}
     for user in range(users):
-        length = int(rng.integers(2, 3 * window))
+        length = int(rng.integers(2, 3 * max_history))
         items = rng.integers(0, 5 if user % 2 else 50, length).tolist()
         times = np.sort(rng.integers(0, 300, length)).tolist()  # with ties
         ratings = rng.integers(1, 6, length).astype(float).tolist()
         events[f"u{user}"] = [(str(i), t, r) for i, t, r in zip(items, times, ratings, strict=True)]
         for n in range(1, length):
-            past = slice(max(0, n - window), n)
+            past = slice(max(0, n - max_history), n)
             row = {"user_id": f"u{user}", "history_item_title": [TITLES[i] for i in items[past]]}
             row |= {"item_title": TITLES[items[n]], "history_item_id": items[past], "item_id": items[n], "sid": "<a_1>"}
             if with_time:
@@ -60,7 +60,7 @@ def by_user(tables):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_files_with_times_give_back_the_events(source, seed):
-    rows, events = published(30, window=4, with_time=True, seed=seed)
+    rows, events = published(30, max_history=4, with_time=True, seed=seed)
     cut = len(rows) * 8 // 10
     tables = source(rows[:cut], rows[cut:-20], rows[-20:]).load()
     assert by_user(tables) == events
@@ -69,7 +69,7 @@ def test_files_with_times_give_back_the_events(source, seed):
 
 
 def test_files_without_times_keep_the_order(source):
-    rows, events = published(30, window=4, with_time=False)
+    rows, events = published(30, max_history=4, with_time=False)
     tables = source(rows[:-20], rows[-20:]).load()
     found = by_user(tables)
     assert {user: [item for item, _ in found[user]] for user in found} == {
@@ -80,26 +80,20 @@ def test_files_without_times_keep_the_order(source):
 
 
 def test_files_may_be_listed_in_any_order_if_there_are_times(source):
-    rows, events = published(30, window=4, with_time=True)
+    rows, events = published(30, max_history=4, with_time=True)
     assert by_user(source(rows[-50:], rows[:-50]).load()) == events
 
 
 def test_a_missing_file_leaves_a_gap(source):
     """The first file is missing: what its rows alone show is lost, and nothing is counted twice."""
-    rows, events = published(30, window=4, with_time=True)
+    rows, events = published(30, max_history=4, with_time=True)
     found = by_user(source(rows[len(rows) // 2 :]).load())
     assert 10 < len(found) < len(events) + 1
     for user, sequence in found.items():
         assert sequence == events[user][len(events[user]) - len(sequence) :]
 
 
-ROW = {
-    "user_id": "u",
-    "history_item_title": "['a']",
-    "item_title": "b",
-    "history_item_id": "[1]",
-    "item_id": "2",
-}
+ROW = {"user_id": "u", "history_item_title": "['a']", "item_title": "b", "history_item_id": "[1]", "item_id": "2"}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -26,19 +27,17 @@ def data_card(data: HistoryDataModule) -> dict[str, Any]:
     held_out = {name: parts[name] for name in ("validation", "test")}
     rows = np.concatenate(list(parts.values()))
     seen_users, seen_items = histories.users[histories.train], histories.items[histories.train]
-    title_ids: dict[tuple[int, ...], int] = {}
-    for tokens in data.item_tokens:
-        title_ids[tuple(tokens)] = title_ids.get(tuple(tokens), 0) + 1
+    titles = Counter(map(tuple, data.item_tokens))
     plans = {
-        "windows": data.training(0, windows=True),
-        "rows": data.training(0, windows=False),
+        "stretches": data.training(0, supervised=True),
+        "rows": data.training(0, supervised=False),
         "validation": (data.evaluation_rows("val"), data.eval_batch_size, None),
         "test": (data.evaluation_rows("test"), data.eval_batch_size, None),
     }
     return {
         "items": len(data.catalog),
         "items that nobody chose": len(data.catalog) - len(np.unique(histories.items)),
-        "items that share their title": sum(n for n in title_ids.values() if n > 1),
+        "items that share their title": sum(n for n in titles.values() if n > 1),
         "users": counts["users"],
         "users without history": counts["users_without_history"],
         "interactions": counts["interactions"],

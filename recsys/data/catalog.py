@@ -68,10 +68,8 @@ class Catalog:
         end_ids: list[int] = tokenizer(end, add_special_tokens=False).input_ids
         if not end_ids:
             raise UserError(f"the end of an item, {end!r}, has no tokens; choose another `end` in the prompt template")
-        tokens = []
-        for item_id, title, ids in zip(
-            self.item_ids, self.titles, tokenizer(self.titles, add_special_tokens=False).input_ids, strict=True
-        ):
+        tokens: list[list[int]] = tokenizer(self.titles, add_special_tokens=False).input_ids
+        for item_id, title, ids in zip(self.item_ids, self.titles, tokens, strict=True):
             if not ids:
                 raise UserError(f"item id {item_id!r}: the title {title!r} has no tokens; write it differently")
             if _ends_early(ids, end_ids):
@@ -79,7 +77,6 @@ class Catalog:
                     f"item id {item_id!r}: the title {title!r} contains the end of an item, {end!r}; choose another "
                     "`end` in the prompt template"
                 )
-            tokens.append(ids)
         if max_title_tokens is not None:
             whole, tokens = tokens, shorten(tokens, max_title_tokens, end_ids)
             self.cut_titles = sum(map(ne, whole, tokens))

@@ -17,12 +17,18 @@ from recsys.data.prompts import PromptEncoder, PromptTemplate, write_entries
 from recsys.data.sources import Columns, Source
 from recsys.types import Batch, UserError
 
+_SIZES = ("batch_size", "stretch_batch_size", "eval_batch_size")
+_COUNTS = ("rows_per_epoch", "stretches_per_epoch", "val_rows", "test_rows")
+_LEAST = dict.fromkeys(_SIZES + _COUNTS, 1) | {"num_workers": 0, "seed": 0}
+
 
 class HistoryDataModule(LightningDataModule):
     """Rows (history -> target) of one source in batches of similar prompt length.
 
-    The Lightning module provides ``tokenizer``, ready before its ``setup``, and ``trains_on_windows(epoch) -> bool``:
-    whether an epoch trains on windows (supervised, a loss on every title) or on rows (policy optimisation).
+    The Lightning module provides ``tokenizer``, ready before its ``setup``, and ``phase_at(epoch)``, the phase of an
+    epoch: ``supervised: bool`` tells whether it trains on stretches of history, with a loss on every title, or on rows
+    with negatives, and ``start: int`` is its first epoch. An epoch is counted within its phase wherever it determines
+    what is drawn, so a policy phase after a warm start draws what it would draw without one.
 
     The trainer needs ``reload_dataloaders_every_n_epochs=1`` and ``use_distributed_sampler=False``.
 
@@ -31,17 +37,17 @@ class HistoryDataModule(LightningDataModule):
         prompt: The prompt's text and how much history it holds.
         split: ``temporal`` cuts all rows 80/10/10 by time; ``leave_one_out`` tests on each user's last event.
         batch_size: Most rows in a batch of policy optimisation, on each device.
-        window_batch_size: Most windows in a batch of supervised training, on each device.
+        stretch_batch_size: Most stretches in a supervised batch, on each device.
         eval_batch_size: Most rows in a batch of validation, test and prediction, on each device.
         rows_per_epoch: Train rows drawn anew for each epoch, without replacement; null uses all.
-        windows_per_epoch: Windows drawn anew for each epoch, without replacement; null uses all.
-        fresh_share: Share of the train rows, the latest in time, that supervised windows leave out and policy
+        stretches_per_epoch: Stretches drawn anew for each epoch, without replacement; null uses all.
+        fresh_share: Share of the train rows, the latest in time, that supervised stretches leave out and policy
             optimisation is confined to, so that it meets targets which the policy has not learnt by heart; 0 trains
             both on all rows.
         val_rows: Validation rows, spread evenly over the split's time; null uses all.
         test_rows: Test and prediction rows, spread evenly over the split's time; null uses all.
         num_workers: Processes that build batches; 0 builds them in the main process.
-        seed: Determines, with the epoch's number, the rows drawn and their order.
+        seed: Determines, with the epoch's number within its phase, the rows drawn and their order.
 
     Attributes:
         catalog: The items; after ``load``.
@@ -70,10 +76,10 @@ class HistoryDataModule(LightningDataModule):
         prompt: PromptTemplate,
         split: Split = "temporal",
         batch_size: int = 16,
-        window_batch_size: int = 8,
+        stretch_batch_size: int = 8,
         eval_batch_size: int = 16,
         rows_per_epoch: int | None = None,
-        windows_per_epoch: int | None = None,
+        stretches_per_epoch: int | None = None,
         fresh_share: float = 0.0,
         val_rows: int | None = None,
         test_rows: int | None = None,
@@ -81,36 +87,25 @@ class HistoryDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        at_least_1 = {
-            "batch_size": batch_size,
-            "window_batch_size": window_batch_size,
-            "eval_batch_size": eval_batch_size,
-            "rows_per_epoch": rows_per_epoch,
-            "windows_per_epoch": windows_per_epoch,
-            "val_rows": val_rows,
-            "test_rows": test_rows,
-        }
-        for name, value in at_least_1.items():
-            if value is not None and value < 1:
-                raise UserError(f"data.{name} must be at least 1, but it is {value}")
-        for name, value in {"num_workers": num_workers, "seed": seed}.items():
-            if value < 0:
-                raise UserError(f"data.{name} must be at least 0, but it is {value}")
-        if not 0 <= fresh_share < 1:
-            raise UserError(f"data.fresh_share must be at least 0 and below 1, but it is {fresh_share}")
         self.source = source
         self.prompt = prompt
         self.split = split
         self.batch_size = batch_size
-        self.window_batch_size = window_batch_size
+        self.stretch_batch_size = stretch_batch_size
         self.eval_batch_size = eval_batch_size
         self.rows_per_epoch = rows_per_epoch
-        self.windows_per_epoch = windows_per_epoch
+        self.stretches_per_epoch = stretches_per_epoch
         self.fresh_share = fresh_share
         self.val_rows = val_rows
         self.test_rows = test_rows
         self.num_workers = num_workers
         self.seed = seed
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"data.{name} must be at least {least}, but it is {value}")
+        if not 0 <= fresh_share < 1:
+            raise UserError(f"data.fresh_share must be at least 0 and below 1, but it is {fresh_share}")
 
     def load(self) -> None:
         """Load the source, build ``catalog`` and ``histories`` and report the counts; does nothing a second time.
@@ -120,15 +115,15 @@ class HistoryDataModule(LightningDataModule):
         """
         if hasattr(self, "histories"):
             return
-        tables = self.source.load()
-        self.catalog = Catalog(tables.items[Columns.ITEM].tolist(), tables.items[Columns.TITLE].tolist())
-        user, user_ids = pd.factorize(tables.interactions[Columns.USER])
+        data = self.source.load()
+        log, self.dropped = data.interactions, data.dropped
+        self.catalog = Catalog(data.items[Columns.ITEM].tolist(), data.items[Columns.TITLE].tolist())
+        user, user_ids = pd.factorize(log[Columns.USER])
         self.user_ids = user_ids.astype(object)
-        item = self.catalog.index_of(tables.interactions[Columns.ITEM])
-        self.dropped = tables.dropped
-        entry, self.entries = write_entries(self.prompt, tables, item)
-        self.histories = Histories(user, item, tables.interactions[Columns.TIME].to_numpy(), self.split, entry)
-        dropped = {f"dropped_{name}": n for name, n in tables.dropped.items()}
+        item = self.catalog.index_of(log[Columns.ITEM])
+        entry, self.entries = write_entries(self.prompt, data, item)
+        self.histories = Histories(user, item, log[Columns.TIME].to_numpy(), self.split, entry)
+        dropped = {f"dropped_{name}": n for name, n in self.dropped.items()}
         counts = {"items": len(self.catalog)} | self.histories.describe() | dropped
         shown = (f"{name} {n:.3f}" if isinstance(n, float) else f"{name} {n:,}" for name, n in counts.items())
         rank_zero_info(f"Data: {', '.join(shown)}")
@@ -162,13 +157,13 @@ class HistoryDataModule(LightningDataModule):
         self.encoder = PromptEncoder(tokenizer, self.item_tokens, self.prompt, self.entries)
 
     def train_rows(self, epoch: int) -> np.ndarray:
-        """Rows of policy optimisation in one epoch: [R] int64 event indices."""
+        """Rows of policy optimisation in one epoch of its phase: [R] int64 event indices."""
         return self._draw(self._train_parts()[-1], self.rows_per_epoch, epoch)
 
-    def window_rows(self, epoch: int) -> np.ndarray:
-        """Rows of supervised training in one epoch, whose histories and targets do not overlap: [R] int64."""
-        windows = self.histories.windows(self._train_parts()[0], self.prompt.max_history)
-        return self._draw(windows, self.windows_per_epoch, epoch)
+    def stretch_rows(self, epoch: int) -> np.ndarray:
+        """Rows of supervised training in one epoch of its phase, whose stretches do not overlap: [R] int64."""
+        stretches = self.histories.stretches(self._train_parts()[0], self.prompt.max_history)
+        return self._draw(stretches, self.stretches_per_epoch, epoch)
 
     def evaluation_rows(self, part: Literal["val", "test"]) -> np.ndarray:
         """Rows that validation, or test and prediction, go through: [R] int64 event indices in the order of time."""
@@ -177,7 +172,7 @@ class HistoryDataModule(LightningDataModule):
         return rows[np.arange(count) * len(rows) // count]
 
     def _train_parts(self) -> list[np.ndarray]:
-        """The train rows that windows are made of, and those of policy optimisation; one part if they are the same."""
+        """Train rows that stretches are made of, and those of policy optimisation; one part if they are the same."""
         train = self.histories.train
         fresh = int(self.fresh_share * len(train))
         return np.split(train, [len(train) - fresh]) if fresh else [train]
@@ -187,10 +182,11 @@ class HistoryDataModule(LightningDataModule):
             return rows
         return np.random.default_rng([self.seed, epoch]).choice(rows, count, replace=False)
 
-    def training(self, epoch: int, windows: bool) -> tuple[np.ndarray, int, list[int]]:
-        """Rows ``[R]`` of an epoch on windows or on single rows, their batch size, and what determines their order."""
-        rows, batch_size = (self.window_rows, self.window_batch_size) if windows else (self.train_rows, self.batch_size)
-        return rows(epoch), batch_size, [self.seed, epoch]
+    def training(self, epoch: int, supervised: bool) -> tuple[np.ndarray, int, list[int]]:
+        """Rows ``[R]`` of one epoch of a phase, their batch size, and what determines their order."""
+        if supervised:
+            return self.stretch_rows(epoch), self.stretch_batch_size, [self.seed, epoch]
+        return self.train_rows(epoch), self.batch_size, [self.seed, epoch]
 
     def batches(
         self,
@@ -214,30 +210,30 @@ class HistoryDataModule(LightningDataModule):
         return DataLoader(dataset, batch_size=None, num_workers=self.num_workers)
 
     def train_dataloader(self) -> ResumableLoader:
-        """The current epoch's windows or rows; a run that resumes inside the epoch continues with the next batch."""
+        """The current epoch's stretches or rows; a run that resumes inside the epoch continues with the next batch."""
         trainer: Any = self.trainer
         epoch = trainer.current_epoch
-        drawn = self.training(epoch, trainer.lightning_module.trains_on_windows(epoch))
+        phase = trainer.lightning_module.phase_at(epoch)
+        drawn = self.training(epoch - phase.start, phase.supervised)
         dataset = self._dataset(*drawn, trainer.global_rank, trainer.world_size)
         return ResumableLoader(dataset, trainer, num_workers=self.num_workers)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """The validation rows."""
-        return self._evaluation(self.evaluation_rows("val"))
+        return self._evaluation("val")
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """The test rows."""
-        return self._evaluation(self.evaluation_rows("test"))
+        return self._evaluation("test")
 
     def predict_dataloader(self) -> DataLoader[Batch]:
         """The test rows."""
         return self.test_dataloader()
 
-    def _evaluation(self, rows: np.ndarray) -> DataLoader[Batch]:
-        assert self.trainer is not None
-        return self.batches(
-            rows, self.eval_batch_size, rank=self.trainer.global_rank, world_size=self.trainer.world_size
-        )
+    def _evaluation(self, part: Literal["val", "test"]) -> DataLoader[Batch]:
+        rows, trainer = self.evaluation_rows(part), self.trainer
+        assert trainer is not None
+        return self.batches(rows, self.eval_batch_size, None, trainer.global_rank, trainer.world_size)
 
     def _dataset(
         self, rows: np.ndarray, batch_size: int, shuffle_seed: list[int] | None, rank: int, world_size: int

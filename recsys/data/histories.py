@@ -113,17 +113,17 @@ class Histories:
         size = max(items.max(initial=0), self.items.max()) + 1
         return np.isin(np.arange(len(rows))[:, None] * size + items, owner * size + self.items[event])
 
-    def windows(self, rows: np.ndarray, size: int) -> np.ndarray:
-        """Those rows whose histories of ``size`` events and targets do not overlap, for a loss on every title.
+    def stretches(self, rows: np.ndarray, size: int) -> np.ndarray:
+        """Rows whose stretches do not overlap, for a loss on every title; a stretch is ``size`` events and the target.
 
-        Each user's windows are laid from the last row backwards, so the oldest may be shorter.
+        Each user's stretches are laid from the last row backwards, so the oldest may be shorter.
 
         Args:
             rows: [R] event indices; a user's rows follow one another without gaps.
-            size: Events of history in a window.
+            size: Events of history in a stretch.
 
         Returns:
-            [W] int64, event indices in ascending order.
+            [S] int64, event indices in ascending order.
         """
         rows = np.sort(rows)
         user_ends = np.flatnonzero(np.append(self.users[rows][1:] != self.users[rows][:-1], True))

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from recsys.data.histories import Histories
-from recsys.data.sources import Columns, Tables
+from recsys.data.sources import Columns, SourceData
 from recsys.types import UserError
 
 _HISTORY = "{history}"
@@ -99,13 +99,13 @@ class PromptTemplate:
 
 
 def write_entries(
-    template: PromptTemplate, tables: Tables, item: np.ndarray
+    template: PromptTemplate, data: SourceData, item: np.ndarray
 ) -> tuple[np.ndarray, list[tuple[str, str]]]:
     """Write the different texts around the titles of the events.
 
     Args:
         template: Its ``entry`` is what is written.
-        tables: Provide the fields: the rating of each event, the category of each item.
+        data: Provides the fields: the rating of each event, the category of each item.
         item: [E] catalogue index of each event.
 
     Returns:
@@ -116,7 +116,7 @@ def write_entries(
     """
     columns: dict[str, tuple[np.ndarray, list[str]]] = {}  # field -> [E] number of the value, -1 = none; the values
     for field in template.fields:
-        table = tables.items if field == Columns.CATEGORY else tables.interactions
+        table = data.items if field == Columns.CATEGORY else data.interactions
         if field not in table:
             raise UserError(
                 f"data.prompt.entry uses {{{field}}}, but data.source provides no {field}; name its column there, or "
@@ -125,11 +125,8 @@ def write_entries(
         codes, values = pd.factorize(table[field].where(table[field] != ""))
         if field == Columns.CATEGORY:
             columns[field] = codes[item], list(values)
-        else:
-            columns[field] = (
-                codes,
-                [f"{value:.7g}" for value in values],
-            )  # 4.0 as 4, and no more digits than float32 has
+        else:  # 4.0 as 4, and no more digits than float32 has
+            columns[field] = codes, [f"{value:.7g}" for value in values]
     number = np.zeros(len(item), dtype=np.int64)  # [E] number of the event's combination of values, -1 = incomplete
     for codes, texts in columns.values():
         number = np.where((number < 0) | (codes < 0), -1, number * len(texts) + codes)

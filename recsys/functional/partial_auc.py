@@ -30,7 +30,7 @@ from torch import Tensor
 
 from recsys.functional.ranking import counts_above, read_candidates, reject_rows
 
-__all__ = ["window_around", "window_bounds", "window_weights", "windowed_partial_auc"]
+__all__ = ["window_around", "window_bounds", "window_weights", "windowed_partial_auc", "won_share"]
 
 
 @overload
@@ -170,9 +170,24 @@ def windowed_partial_auc(
     """
     placed = place_candidates(scores, relevance, alpha, d, num_negatives)
     a, b = placed.a[:, None], placed.b[:, None]
-    lost = (_clamp(placed.above, a, b) - a) + (_clamp(placed.at_least, a, b) - a)  # twice, in negatives
-    value = (1 - lost / (2 * (b - a))) * placed.positive  # [B, C]
+    value = won_share(placed.above, placed.at_least, a, b) * placed.positive  # [B, C]
     return (value.sum(dim=1) / placed.positive.sum(dim=1).clamp(min=1)).to(placed.scores.dtype)
+
+
+def won_share(above: Tensor, at_least: Tensor, a: float | Tensor, b: float | Tensor) -> Tensor:
+    """WPAUC of a positive from the negatives above it: 1 - (F(c_gt) + F(c_ge))/2, see the module's docstring.
+
+    Args:
+        above: [...] int64, c_gt, negatives that score strictly greater.
+        at_least: [...] int64, c_ge, negatives that score greater or equal.
+        a: start of the window in negatives, broadcastable to these.
+        b: end of the window, at most the listed negatives.
+
+    Returns:
+        [...] float64 in [0, 1].
+    """
+    lost = (_clamp(above, a, b) - a) + (_clamp(at_least, a, b) - a)  # twice, in negatives
+    return 1 - lost / (2 * (b - a))
 
 
 def window_weights(scores: Tensor, a: float | Tensor, b: float | Tensor) -> Tensor:
@@ -194,5 +209,5 @@ def window_weights(scores: Tensor, a: float | Tensor, b: float | Tensor) -> Tens
     return (_clamp(at_least, lower, upper) - _clamp(above, lower, upper)) / (at_least - above).clamp(min=1)
 
 
-def _clamp(count: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    return count.double().clamp(a, b)
+def _clamp(count: Tensor, a: float | Tensor, b: float | Tensor) -> Tensor:
+    return count.double().clamp(a, b)  # type: ignore[arg-type]  # two numbers or two tensors

@@ -30,43 +30,43 @@ def _log_ratio(name: str, numerator: Tensor, denominator: Tensor) -> Tensor:
     return numerator.to(dtype) - denominator.to(dtype)
 
 
-def policy_loss(logprobs: Tensor, behaviour_logprobs: Tensor, advantages: Tensor, clip: float) -> Tensor:
+def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_eps: float) -> Tensor:
     """Clipped surrogate loss of PPO (arXiv 1707.06347, eq. 7), averaged over the group as in GRPO (arXiv 2402.03300).
 
-    loss = -mean_j min(ratio_j * A_j, clip(ratio_j, 1 - clip, 1 + clip) * A_j) with
-    ratio_j = exp(logprobs_j - behaviour_logprobs_j). One ratio per item: its log-probability is that of all its tokens.
-    The behaviour and the advantages are constants: the gradient reaches ``logprobs`` alone.
+    loss = -mean_j min(ratio_j * A_j, clip(ratio_j, 1 - clip_eps, 1 + clip_eps) * A_j) with
+    ratio_j = exp(logprobs_j - old_logprobs_j). One ratio per item: its log-probability is that of all its tokens.
+    The old log-probabilities and the advantages are constants: the gradient reaches ``logprobs`` alone.
 
     Args:
         logprobs: [B, G], finite log-probabilities of the items under the current policy, in nats.
-        behaviour_logprobs: [B, G], the same under the policy that made the group.
+        old_logprobs: [B, G], the same under the policy that made the group.
         advantages: [B, G].
-        clip: how far the ratio may leave 1 and still earn, > 0.
+        clip_eps: how far the ratio may leave 1 and still earn, > 0.
 
     Returns:
         [B], float64 for float64 log-probabilities, else float32.
 
     Raises:
-        ValueError: shapes differ or are not 2-D, or ``clip`` <= 0.
+        ValueError: shapes differ or are not 2-D, or ``clip_eps`` <= 0.
     """
-    if not clip > 0:
-        raise ValueError(f"clip must be greater than 0, got {clip}")
+    if not clip_eps > 0:
+        raise ValueError(f"clip_eps must be greater than 0, got {clip_eps}")
     if advantages.shape != logprobs.shape:
         raise ValueError(f"advantages must be {list(logprobs.shape)} as logprobs, got {list(advantages.shape)}")
-    ratio = 1 + _expm1(_log_ratio("policy_loss", logprobs, behaviour_logprobs.detach()))
+    ratio = 1 + _expm1(_log_ratio("policy_loss", logprobs, old_logprobs.detach()))
     a = advantages.detach().to(ratio.dtype)
-    return -torch.minimum(ratio * a, ratio.clamp(1 - clip, 1 + clip) * a).mean(dim=1)
+    return -torch.minimum(ratio * a, ratio.clamp(1 - clip_eps, 1 + clip_eps) * a).mean(dim=1)
 
 
-def kl_divergence(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
-    """Estimate of KL(policy || reference) per item: exp(x) - x - 1 with x = reference_logprobs - logprobs.
+def kl_divergence(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """Estimate of KL(policy || reference) per item: exp(x) - x - 1 with x = ref_logprobs - logprobs.
 
     Never negative, 0 where the two agree, and unbiased for items sampled from the policy (estimator "k3" of
     J. Schulman, "Approximating KL divergence", http://joschu.net/blog/kl-approx.html; used by GRPO, arXiv 2402.03300).
 
     Args:
         logprobs: [B, G], finite log-probabilities of the items under the current policy, in nats.
-        reference_logprobs: [B, G], the same under the reference, a constant.
+        ref_logprobs: [B, G], the same under the reference, a constant.
 
     Returns:
         [B, G] in nats, float64 for float64 log-probabilities, else float32.
@@ -74,19 +74,19 @@ def kl_divergence(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
     Raises:
         ValueError: shapes differ or are not 2-D.
     """
-    x = _log_ratio("kl_divergence", reference_logprobs.detach(), logprobs)
+    x = _log_ratio("kl_divergence", ref_logprobs.detach(), logprobs)
     return _expm1(x) - x  # expm1 keeps the digits that exp(x) - 1 loses near 0
 
 
-def softmax_dpo_loss(logprobs: Tensor, reference_logprobs: Tensor, relevance: Tensor, beta: float) -> Tensor:
+def softmax_dpo_loss(logprobs: Tensor, ref_logprobs: Tensor, relevance: Tensor, beta: float) -> Tensor:
     """Loss of softmax-DPO (S-DPO, arXiv 2406.09215): -log sigmoid(-log sum_j exp(beta * (x_j - x+))).
 
-    The sum is over the group's negatives, x = logprobs - reference_logprobs. With one negative this is DPO's loss. It
+    The sum is over the group's negatives, x = logprobs - ref_logprobs. With one negative this is DPO's loss. It
     equals the cross-entropy of the positive under softmax(beta * x): log(n + 1) where the policy is the reference.
 
     Args:
         logprobs: [B, G], finite log-probabilities of the items under the current policy, in nats.
-        reference_logprobs: [B, G], the same under the reference, a constant.
+        ref_logprobs: [B, G], the same under the reference, a constant.
         relevance: [B, G], bool, exactly one positive per row.
         beta: scale of the log-ratios, > 0.
 
@@ -98,7 +98,7 @@ def softmax_dpo_loss(logprobs: Tensor, reference_logprobs: Tensor, relevance: Te
     """
     if not beta > 0:
         raise ValueError(f"beta must be greater than 0, got {beta}")
-    x = beta * _log_ratio("softmax_dpo_loss", logprobs, reference_logprobs.detach())
+    x = beta * _log_ratio("softmax_dpo_loss", logprobs, ref_logprobs.detach())
     if relevance.shape != x.shape or bool((relevance.sum(dim=1) != 1).any()):
         raise ValueError(f"relevance must be {list(x.shape)} with exactly one positive per row")
     return x.logsumexp(dim=1) - x[relevance]

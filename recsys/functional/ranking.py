@@ -12,10 +12,55 @@ Results have the dtype of the scores, at least float32 (integer scores are read 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-__all__ = ["expected_rank", "ndcg_at_k", "recall_at_k"]
+__all__ = ["Place", "expected_rank", "ndcg_at_k", "place_positive", "recall_at_k"]
+
+
+class Place(NamedTuple):
+    """The positions above+1 .. last that a candidate shares by ties; the two are equal where it is not listed."""
+
+    above: Tensor  # [...] int64, listed candidates that score strictly higher
+    last: Tensor  # [...] int64, listed candidates that score at least as high, itself included
+
+    @property
+    def rank(self) -> Tensor:
+        """Mean of the shared positions, [...] float64: 1 = best, inf where not listed."""
+        return ((self.above + self.last + 1).double() / 2).masked_fill(self.above == self.last, torch.inf)
+
+    def recall(self, k: int) -> Tensor:
+        """Share of the positions that is at most ``k``, [...] float64."""
+        return (self.last.clamp(max=k) - self.above.clamp(max=k)) / (self.last - self.above).clamp(min=1).double()
+
+    def gain(self, k: int) -> Tensor:
+        """Mean over the positions of the discount 1/log2(position + 1), which is 0 beyond ``k``, [...] float64."""
+        total = _discounts(k, self.above.device).cumsum(dim=0)  # DCG of a list whose first i positions are relevant
+        return (total[self.last.clamp(max=k)] - total[self.above.clamp(max=k)]) / (self.last - self.above).clamp(min=1)
+
+
+def _discounts(k: int, device: torch.device) -> Tensor:
+    """Return 1/log2(i + 1) of the positions i = 0 .. k, [k + 1] float64; there is no position 0, so it has 0."""
+    discount = torch.arange(1, k + 2, dtype=torch.float64, device=device).log2().reciprocal()
+    return discount.masked_fill(discount.isinf(), 0)
+
+
+def place_positive(scores: Tensor, relevance: Tensor, among: Tensor | None = None) -> Place:
+    """Place the one positive of each row, by comparisons alone; what it is compared with may be a part of the list.
+
+    Args:
+        scores: [B, C] float without NaN, -inf = not listed.
+        relevance: [B, C] bool, at most one positive per row.
+        among: [B, C] bool, the candidates that count beside the positive; all by default.
+
+    Returns:
+        Two [B].
+    """
+    own = scores.masked_fill(~relevance, -torch.inf).amax(dim=1, keepdim=True)
+    counted = scores > -torch.inf if among is None else (scores > -torch.inf) & (among | relevance)
+    return Place(((scores > own) & counted).sum(dim=1), ((scores >= own) & counted).sum(dim=1))
 
 
 def read_candidates(scores: Tensor, relevance: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -108,8 +153,7 @@ def recall_at_k(scores: Tensor, relevance: Tensor, k: int) -> Tensor:
     check_cutoff(k)
     scores, positive, faults = read_candidates(scores, relevance)
     reject_rows(faults)
-    above, last = counts_above(scores, torch.ones_like(positive))  # tied candidates hold positions above+1 .. last
-    credit = (last.clamp(max=k) - above.clamp(max=k)) / (last - above).clamp(min=1).double()
+    credit = Place(*counts_above(scores, torch.ones_like(positive))).recall(k)
     return ((credit * positive).sum(dim=1) / positive.sum(dim=1).clamp(min=1)).to(scores.dtype)
 
 
@@ -134,13 +178,8 @@ def ndcg_at_k(scores: Tensor, relevance: Tensor, k: int) -> Tensor:
     check_cutoff(k)
     scores, positive, faults = read_candidates(scores, relevance)
     reject_rows(faults)
-    above, last = counts_above(scores, torch.ones_like(positive))  # tied candidates hold positions above+1 .. last
-    position = torch.arange(scores.shape[1] + 1, dtype=torch.float64, device=scores.device)  # 0 .. C
-    discount = (position + 1).log2().reciprocal()
-    discount[0] = 0  # there is no position 0
-    gain = discount.cumsum(dim=0)  # [C + 1], DCG of a list whose first i positions are all relevant
-    dcg = (gain[last.clamp(max=k)] - gain[above.clamp(max=k)]) / (last - above).clamp(min=1)
-    ideal = gain[positive.sum(dim=1).clamp(min=1, max=k)]
+    dcg = Place(*counts_above(scores, torch.ones_like(positive))).gain(k)
+    ideal = _discounts(k, scores.device).cumsum(dim=0)[positive.sum(dim=1).clamp(min=1, max=k)]
     ndcg = (dcg * positive).sum(dim=1) / ideal
     return ndcg.clamp(max=1).to(scores.dtype)  # a sum of differences can round to just above its whole
 
@@ -162,7 +201,4 @@ def expected_rank(scores: Tensor, relevance: Tensor) -> Tensor:
     marked = positive.sum(dim=1)
     faults["there are {marked} positives, and a row's rank is defined for one"] = marked > 1
     reject_rows(faults, marked=marked)
-    above, last = counts_above(scores, torch.ones_like(positive))
-    rank = (above + last + 1).double() / 2  # mean of the shared positions above+1 .. last
-    absent = ~positive | (scores == -torch.inf)
-    return rank.to(scores.dtype).masked_fill(absent, torch.inf).amin(dim=1)
+    return place_positive(scores, positive).rank.to(scores.dtype)

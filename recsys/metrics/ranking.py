@@ -1,4 +1,7 @@
-"""Row means of ranking metrics as ``torchmetrics.Metric``; the formulas are in :mod:`recsys.functional`."""
+"""Row means of ranking metrics as ``torchmetrics.Metric``; the formulas are in :mod:`recsys.functional`.
+
+To add one, subclass :class:`RowMean` with its ``place_values``, and name it in :func:`recsys.evaluation.metrics_of`.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,15 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from recsys.functional.ranking import check_cutoff, ndcg_at_k, recall_at_k
+from recsys.functional.ranking import (
+    Place,
+    check_cutoff,
+    ndcg_at_k,
+    place_positive,
+    read_candidates,
+    recall_at_k,
+    reject_rows,
+)
 
 __all__ = ["NDCG", "Recall", "RowMean"]
 
@@ -43,9 +54,22 @@ class RowMean(Metric):
         """Sum of the values of all rows seen, [] float64."""
         return getattr(self, self._total_name)
 
-    def row_values(self, scores: Tensor, relevance: Tensor, num_negatives: int | Tensor | None) -> Tensor:
-        """Value of each row, [B]; arguments as :meth:`update`."""
+    def place_values(self, place: Place, num_negatives: int | Tensor | None) -> Tensor:
+        """Value of each row from where its one positive stands, two [B]: [B] float64."""
         raise NotImplementedError
+
+    def row_values(self, scores: Tensor, relevance: Tensor, num_negatives: int | Tensor | None) -> Tensor:
+        """Value of each row, [B]; arguments as :meth:`update`. By default of rows with one positive at most."""
+        scores, positive, faults = read_candidates(scores, relevance)
+        faults["the row has more than one positive"] = positive.sum(dim=1) > 1
+        reject_rows(faults)
+        return self.place_values(place_positive(scores, positive), num_negatives)
+
+    def add(self, values: Tensor) -> None:
+        """Add the values ``[B]`` of rows, as :meth:`update` does."""
+        self._add(values)
+        self._update_count += 1  # torchmetrics counts calls of `update` alone, and warns where `compute` follows none
+        self._computed = None
 
     def update(self, scores: Tensor, relevance: Tensor, num_negatives: int | Tensor | None = None) -> None:
         """Add rows.
@@ -59,7 +83,9 @@ class RowMean(Metric):
         Raises:
             ValueError: as the metric's function in :mod:`recsys.functional`.
         """
-        values = self.row_values(scores, relevance, num_negatives)
+        self._add(self.row_values(scores, relevance, num_negatives))
+
+    def _add(self, values: Tensor) -> None:
         setattr(self, self._total_name, self.total + values.double().sum())
         self.count = self.count + len(values)
 
@@ -90,8 +116,12 @@ class Recall(RowMean):
         super().__init__(f"Recall@{k}", **kwargs)
         self.k = k
 
-    def row_values(self, scores: Tensor, relevance: Tensor, num_negatives: int | Tensor | None) -> Tensor:
+    def place_values(self, place: Place, num_negatives: int | Tensor | None) -> Tensor:
         """Recall@k of each row, [B]; ``num_negatives`` is not read."""
+        return place.recall(self.k)
+
+    def row_values(self, scores: Tensor, relevance: Tensor, num_negatives: int | Tensor | None) -> Tensor:
+        """Recall@k of each row, which may have several positives, [B]; ``num_negatives`` is not read."""
         return recall_at_k(scores, relevance, self.k)
 
 
@@ -117,6 +147,10 @@ class NDCG(RowMean):
         super().__init__(f"NDCG@{k}", **kwargs)
         self.k = k
 
-    def row_values(self, scores: Tensor, relevance: Tensor, num_negatives: int | Tensor | None) -> Tensor:
+    def place_values(self, place: Place, num_negatives: int | Tensor | None) -> Tensor:
         """NDCG@k of each row, [B]; ``num_negatives`` is not read."""
+        return place.gain(self.k)
+
+    def row_values(self, scores: Tensor, relevance: Tensor, num_negatives: int | Tensor | None) -> Tensor:
+        """NDCG@k of each row, which may have several positives, [B]; ``num_negatives`` is not read."""
         return ndcg_at_k(scores, relevance, self.k)

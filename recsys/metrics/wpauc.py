@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from recsys.functional.partial_auc import window_bounds, windowed_partial_auc
+from recsys.functional.partial_auc import window_bounds, windowed_partial_auc, won_share
+from recsys.functional.ranking import Place
 from recsys.metrics.ranking import RowMean
 
 __all__ = ["WPAUC"]
@@ -35,6 +36,12 @@ class WPAUC(RowMean):
         self.alpha = alpha
         self.d = d
 
+    def place_values(self, place: Place, num_negatives: int | Tensor | None) -> Tensor:
+        """WPAUC(alpha, d) of each row, [B]; the window must end inside each row's list, and N must be given."""
+        assert num_negatives is not None
+        a, b = window_bounds(self.alpha, self.d, num_negatives)
+        return won_share(place.above, (place.last - 1).maximum(place.above), a, b)
+
     def row_values(self, scores: Tensor, relevance: Tensor, num_negatives: int | Tensor | None) -> Tensor:
-        """WPAUC(alpha, d) of each row, [B]."""
+        """WPAUC(alpha, d) of each row, which may have several positives, [B]."""
         return windowed_partial_auc(scores, relevance, self.alpha, self.d, num_negatives)

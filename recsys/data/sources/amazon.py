@@ -7,7 +7,8 @@ from dataclasses import replace
 from recsys.data.sources.cleaning import usable
 from recsys.data.sources.files import DataFile
 from recsys.data.sources.reading import ARROW_CACHE, read
-from recsys.data.sources.tables import Columns, Filters, Source, Tables
+from recsys.data.sources.source import Columns, Filters, Source, SourceData
+from recsys.paths import InputPath
 from recsys.types import UserError
 
 _REVIEWS = (  # user, item, time and rating: 2018 and 2023
@@ -36,18 +37,18 @@ class AmazonReviews(Source):
     """
 
     def __init__(
-        self, reviews: str, metadata: str, filters: Filters | None = None, cache_dir: str = ARROW_CACHE
+        self, reviews: InputPath, metadata: InputPath, filters: Filters | None = None, cache_dir: str = ARROW_CACHE
     ) -> None:
         self.reviews = reviews
         self.metadata = metadata
         self.filters = replace(filters or Filters(), drop_duplicates=True)
         self.cache_dir = cache_dir
 
-    def load(self) -> Tables:
+    def load(self) -> SourceData:
         """Read both files.
 
         Raises:
-            UserError: A file cannot be read or is of neither layout, or a check of :class:`Tables` fails.
+            UserError: A file cannot be read or is of neither layout, or a check of :class:`SourceData` fails.
         """
         reviews, metadata = DataFile(self.reviews), DataFile(self.metadata)
         user, item, time, rating = _layout(reviews, _REVIEWS)
@@ -56,7 +57,7 @@ class AmazonReviews(Source):
         columns = {Columns.USER: user, Columns.ITEM: item, Columns.TIME: time, Columns.RATING: rating}
         items = read(metadata, item_columns, self.cache_dir)
         log, items, dropped = usable(read(reviews, columns, self.cache_dir), items)
-        return Tables(log, items, self.reviews, self.metadata, dropped).filtered(self.filters)
+        return SourceData(log, items, self.reviews, self.metadata, dropped).filtered(self.filters)
 
 
 def _layout(file: DataFile, layouts: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:

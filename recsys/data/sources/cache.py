@@ -20,19 +20,13 @@ _SHOW_PROGRESS = 64 << 20  # bytes of a file from which converting it takes long
 
 @dataclass
 class FileConfig(datasets.BuilderConfig):
-    """What names a conversion in the cache: a file that changed gets a new one.
+    """What names a conversion in the cache.
 
     Args:
-        path: Absolute path of the file.
-        columns: The columns converted.
-        size: Bytes of the file.
-        changed: When it was last changed, in nanoseconds.
+        key: Path, size and time of change of the file, so that a changed file gets a new one, and its columns.
     """
 
-    path: str = ""
-    columns: str = ""
-    size: int = 0
-    changed: int = 0
+    key: str = ""
 
 
 class FileBuilder(datasets.ArrowBasedBuilder):
@@ -50,13 +44,8 @@ class FileBuilder(datasets.ArrowBasedBuilder):
         self.file = file
         self.columns = columns
         stat = file.path.stat()
-        super().__init__(
-            cache_dir=cache_dir,
-            path=str(file.path.absolute()),
-            columns=str(columns),
-            size=stat.st_size,
-            changed=stat.st_mtime_ns,
-        )
+        key = str((str(file.path.absolute()), stat.st_size, stat.st_mtime_ns, columns))
+        super().__init__(cache_dir=cache_dir, key=key)
 
     def _info(self) -> datasets.DatasetInfo:
         features = datasets.Features.from_arrow_schema(self.file.schema(self.columns))

@@ -6,13 +6,13 @@ import html
 
 import pandas as pd
 
-from recsys.data.sources.tables import Columns, is_missing
+from recsys.data.sources.source import Columns, is_missing
 
 _MARKUP = r"(?i)getTime|</?(?:span|div|script|style|img|a|br|p|b)\b[^>]*>|<(?:span|div|script|style|img|a)\b|^\s*var "
 
 
 def usable(log: pd.DataFrame, items: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, int]]:
-    """Interactions and items without those that the checks of :class:`Tables` would refuse.
+    """Interactions and items without those that the checks of :class:`SourceData` would refuse.
 
     HTML entities in titles and categories become characters. Dropped are, in this order: items without id, later rows
     of an item, items whose title is empty or holds HTML or JavaScript, interactions of an item that is not there or is

@@ -9,7 +9,8 @@ import pandas as pd
 
 from recsys.data.sources.files import DataFile
 from recsys.data.sources.reading import ARROW_CACHE, read
-from recsys.data.sources.tables import Columns, Filters, Source, Tables, to_numbers
+from recsys.data.sources.source import Columns, Filters, Source, SourceData, to_numbers
+from recsys.paths import InputPath
 from recsys.types import UserError
 
 _PAIRS = {  # the column of the histories and that of the targets
@@ -43,19 +44,19 @@ class HistoryRows(Source):
         UserError: No file is given.
     """
 
-    def __init__(self, files: list[str], filters: Filters | None = None, cache_dir: str = ARROW_CACHE) -> None:
+    def __init__(self, files: list[InputPath], filters: Filters | None = None, cache_dir: str = ARROW_CACHE) -> None:
         if not files:
             raise UserError("the source's `files` is empty; name at least one file")
         self.files = files
         self.filters = filters
         self.cache_dir = cache_dir
 
-    def load(self) -> Tables:
+    def load(self) -> SourceData:
         """Read the files and join their rows.
 
         Raises:
             UserError: A file cannot be read or lacks a column, a list is not one or has the wrong length, the rows of
-                a user are not in order, or a check of :class:`Tables` fails.
+                a user are not in order, or a check of :class:`SourceData` fails.
         """
         files = [DataFile(path) for path in self.files]
         there = set.intersection(*(set(file.column_names()) for file in files))
@@ -102,7 +103,7 @@ class HistoryRows(Source):
         log = log.drop(columns="order")
         items = pd.DataFrame({Columns.ITEM: list(titles), Columns.TITLE: list(titles.values())}, dtype=object)
         name = ", ".join(self.files)
-        return Tables(log, items, name, name).filtered(self.filters)
+        return SourceData(log, items, name, name).filtered(self.filters)
 
 
 def _elements(cell: str, where: str, column: str) -> list[str]:

@@ -9,7 +9,8 @@ import pandas as pd
 from recsys.assets import CACHE_DIR, ML100K_INTERACTIONS, ML100K_ITEMS, fetch_all
 from recsys.data.sources.files import DataFile, Delimited
 from recsys.data.sources.reading import ARROW_CACHE, read
-from recsys.data.sources.tables import Columns, Filters, Source, Tables
+from recsys.data.sources.source import Columns, Filters, Source, SourceData
+from recsys.paths import InputPath
 from recsys.types import UserError
 
 _RATING_COLUMNS = ("userId", "movieId", "rating", "timestamp")
@@ -37,7 +38,7 @@ class MovieLens100K(Source):
         self.cache_dir = cache_dir
         self.filters = filters
 
-    def load(self) -> Tables:
+    def load(self) -> SourceData:
         """Fetch the two files if need be and read them; see :func:`recsys.assets.fetch_all` for the errors."""
         interactions, items = fetch_all([ML100K_INTERACTIONS, ML100K_ITEMS], self.cache_dir)
         columns = {
@@ -55,7 +56,7 @@ class MovieLens100K(Source):
         log = read(DataFile(interactions, form), columns, cache)
         films = read(DataFile(items, form), item_columns, cache)
         films[Columns.CATEGORY] = films[Columns.CATEGORY].str.split().str.join("|")
-        return Tables(log, films, str(interactions), str(items)).filtered(self.filters)
+        return SourceData(log, films, str(interactions), str(items)).filtered(self.filters)
 
 
 class MovieLens(Source):
@@ -71,17 +72,17 @@ class MovieLens(Source):
         cache_dir: Folder that keeps the converted files; ``~`` is the home folder.
     """
 
-    def __init__(self, folder: str, filters: Filters | None = None, cache_dir: str = ARROW_CACHE) -> None:
+    def __init__(self, folder: InputPath, filters: Filters | None = None, cache_dir: str = ARROW_CACHE) -> None:
         self.folder = folder
         self.filters = filters
         self.cache_dir = cache_dir
 
-    def load(self) -> Tables:
+    def load(self) -> SourceData:
         """Read the ratings and the films.
 
         Raises:
             UserError: The folder holds none of the pairs of files, a file is not as expected, or a check of
-                :class:`Tables` fails.
+                :class:`SourceData` fails.
         """
         folder = Path(self.folder).expanduser()
         if (folder / "ratings.csv").is_file():
@@ -102,15 +103,10 @@ class MovieLens(Source):
 
         item_columns = {Columns.ITEM: "movieId", Columns.TITLE: "title"} | {name: name for name in genres}
         items = read(films, item_columns, self.cache_dir)
-        items[Columns.CATEGORY] = _category(items[genres])
+        items = items.assign(**{Columns.CATEGORY: _category(items[genres])}).drop(columns=genres)
         columns = [Columns.USER, Columns.ITEM, Columns.RATING, Columns.TIME]
         log = read(ratings, dict(zip(columns, _RATING_COLUMNS, strict=True)), self.cache_dir)
-        return Tables(
-            log,
-            items[[Columns.ITEM, Columns.TITLE, Columns.CATEGORY]],
-            str(ratings.path),
-            str(films.path),
-        ).filtered(self.filters)
+        return SourceData(log, items, str(ratings.path), str(films.path)).filtered(self.filters)
 
 
 def _encoding(path: Path) -> str:

@@ -1,7 +1,8 @@
-"""From a file or a dataset of the ``datasets`` library to the frames that :class:`Tables` checks."""
+"""From files, datasets of the ``datasets`` library and frames to the frames that :class:`SourceData` checks."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pyarrow.compute as pc
 
 from recsys.assets import CACHE_DIR
 from recsys.data.sources.files import DataFile
-from recsys.data.sources.tables import Columns
+from recsys.data.sources.source import Columns
 from recsys.types import UserError
 
 ARROW_CACHE = f"{CACHE_DIR}/tables"
@@ -38,13 +39,13 @@ def read(file: DataFile, columns: dict[str, str], cache_dir: str) -> pd.DataFram
     return to_frame(dataset, columns, str(file.path), file.first_row)
 
 
-def to_frame(dataset: Any, columns: dict[str, str], name: str, first_row: int) -> pd.DataFrame:
-    """Read some columns of a dataset piece by piece.
+def to_frame(data: Any, columns: dict[str, str], name: str, first_row: int) -> pd.DataFrame:
+    """Read some columns of a dataset or a frame piece by piece.
 
     Args:
-        dataset: A ``datasets.Dataset``.
-        columns: For each column of the frame, the column of the dataset.
-        name: What messages call the dataset.
+        data: A ``datasets.Dataset``, or a frame, which stays as it is.
+        columns: For each column of the result, the column of the data.
+        name: What messages call the data.
         first_row: First value of the frame's index.
 
     Returns:
@@ -52,22 +53,32 @@ def to_frame(dataset: Any, columns: dict[str, str], name: str, first_row: int) -
         text.
 
     Raises:
-        UserError: The dataset lacks a column, or a column cannot become text.
+        UserError: The data lacks a column or has no rows, or a column cannot become text.
     """
+    there = list(data.columns if isinstance(data, pd.DataFrame) else data.column_names)
     for column in columns.values():
-        if column not in dataset.column_names:
-            there = ", ".join(map(repr, dataset.column_names))
-            raise UserError(f"{name}: column {column!r} is missing; the dataset has {there}")
+        if column not in there:
+            raise UserError(f"{name}: column {column!r} is missing; there are {', '.join(map(repr, there))}")
+    if not len(data):
+        raise UserError(f"{name}: has no rows")
     pieces: dict[str, list[pa.Array]] = {target: [] for target in columns}
     try:
-        for table in dataset.with_format("arrow").iter(_ROWS):
+        for table in _pieces(data, list(dict.fromkeys(columns.values()))):
             for target, column in columns.items():
                 piece = table[column].combine_chunks()
                 pieces[target].append(_convert(piece, target))
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
         raise UserError(f"{name}: a column in {list(columns.values())} is neither text nor numbers: {error}") from error
-    index = pd.RangeIndex(first_row, first_row + len(dataset))
+    index = pd.RangeIndex(first_row, first_row + len(data))
     return pd.DataFrame({target: _column(arrays, target, index) for target, arrays in pieces.items()})
+
+
+def _pieces(data: Any, columns: list[str]) -> Iterator[pa.Table]:
+    if isinstance(data, pd.DataFrame):
+        table = pa.Table.from_pandas(data[columns], preserve_index=False)
+        yield from (table.slice(start, _ROWS) for start in range(0, len(table), _ROWS))
+    else:
+        yield from data.with_format("arrow").iter(_ROWS)
 
 
 def _convert(piece: pa.Array, target: str) -> pa.Array:
@@ -76,7 +87,7 @@ def _convert(piece: pa.Array, target: str) -> pa.Array:
         return pa.DictionaryArray.from_arrays(codes.indices.cast(pa.int32()), _as_text(codes.dictionary))
     if target in (Columns.TIME, Columns.RATING):
         if pa.types.is_temporal(piece.type):
-            return piece.cast(pa.timestamp("us")).cast(pa.int64())
+            return piece.cast(pa.timestamp("us"), safe=False).cast(pa.int64())
         return piece
     return _as_text(piece)
 
@@ -91,12 +102,8 @@ def _column(pieces: list[pa.Array], target: str, index: pd.Index) -> pd.Series:
     if target in (Columns.USER, Columns.ITEM):
         encoded = pa.chunked_array(pieces, pa.dictionary(pa.int32(), pa.string())).unify_dictionaries()
         codes = [np.asarray(chunk.indices.fill_null(-1)) for chunk in encoded.chunks]
-        words = encoded.chunk(0).dictionary.to_pylist() if codes else []
-        values = pd.Categorical.from_codes(
-            np.concatenate([np.empty(0, np.int32), *codes]), pd.Index(words, dtype=object)
-        )
-        return pd.Series(values, index)
+        words = pd.Index(encoded.chunk(0).dictionary.to_pylist(), dtype=object)
+        return pd.Series(pd.Categorical.from_codes(np.concatenate(codes), words), index)
     if target in (Columns.TIME, Columns.RATING):
-        values = pa.chunked_array(pieces) if pieces else pa.chunked_array([], pa.string())
-        return pd.Series(pd.arrays.ArrowExtensionArray(values), index)
+        return pd.Series(pd.arrays.ArrowExtensionArray(pa.chunked_array(pieces)), index)
     return pd.Series([text for piece in pieces for text in piece.to_pylist()], index, dtype=object)

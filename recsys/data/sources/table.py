@@ -1,4 +1,4 @@
-"""A user's own interactions and items: in files, or in a dataset on the Hugging Face hub."""
+"""A user's own interactions and items: in files, in frames, or in datasets on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import pandas as pd
 
 from recsys.data.sources.files import DataFile
 from recsys.data.sources.reading import ARROW_CACHE, read, to_frame
-from recsys.data.sources.tables import Columns, Filters, Source, Tables
+from recsys.data.sources.source import Columns, Filters, Source, SourceData
+from recsys.paths import InputPath
 from recsys.types import UserError
 
 
 class _Mapped(Source):
-    """The names of the columns that the two tables are taken from."""
+    """The names of the columns that interactions and items are taken from."""
 
     def __init__(
         self,
@@ -60,8 +61,8 @@ class Table(_Mapped):
 
     def __init__(
         self,
-        interactions: str,
-        items: str,
+        interactions: InputPath,
+        items: InputPath,
         user: str = "user_id",
         item: str = "item_id",
         time: str = "timestamp",
@@ -76,19 +77,59 @@ class Table(_Mapped):
         self.items = items
         self.cache_dir = cache_dir
 
-    def load(self) -> Tables:
+    def load(self) -> SourceData:
         """Read both files.
 
         Raises:
-            UserError: A file or a column is missing, a file is not a table, or a check of :class:`Tables` fails.
+            UserError: A file or a column is missing, a file is not a table, or a check of :class:`SourceData` fails.
         """
         log, items = DataFile(self.interactions), DataFile(self.items)
         item_frame = read(items, self.item_columns, self.cache_dir)  # first, as it is short: its faults show soon
         log_frame = read(log, self.columns, self.cache_dir)
-        return Tables(log_frame, item_frame, self.interactions, self.items).filtered(self.filters)
+        return SourceData(log_frame, item_frame, self.interactions, self.items).filtered(self.filters)
 
 
-class Hub(_Mapped):
+class DataFrames(_Mapped):
+    """Two frames in memory, for use from Python; the other arguments are those of :class:`Table`.
+
+    Numbers become their text where ids are wanted. Rows in messages count from 0, whatever the index of the frame.
+
+    Args:
+        interactions: One row for each time a user chose an item.
+        items: One row for each item.
+
+    Raises:
+        UserError: The filters need ratings, but ``rating`` is None.
+    """
+
+    def __init__(
+        self,
+        interactions: pd.DataFrame,
+        items: pd.DataFrame,
+        user: str = "user_id",
+        item: str = "item_id",
+        time: str = "timestamp",
+        title: str = "title",
+        rating: str | None = None,
+        category: str | None = None,
+        filters: Filters | None = None,
+    ) -> None:
+        super().__init__(user, item, time, title, rating, category, filters)
+        self.interactions = interactions
+        self.items = items
+
+    def load(self) -> SourceData:
+        """Copy the columns from the frames, which stay as they are.
+
+        Raises:
+            UserError: A frame has no rows or lacks a column, or a check of :class:`SourceData` fails.
+        """
+        items = to_frame(self.items, self.item_columns, "items", first_row=0)
+        log = to_frame(self.interactions, self.columns, "interactions", first_row=0)
+        return SourceData(log, items, "interactions", "items").filtered(self.filters)
+
+
+class HubDataset(_Mapped):
     """Two datasets of the Hugging Face hub, or two configurations or splits of one.
 
     A dataset is what ``datasets.load_dataset`` makes of it; a local folder of data files will do. Numbers become their
@@ -136,15 +177,16 @@ class Hub(_Mapped):
         self.items = (items, items_name, items_split)
         self.cache_dir = cache_dir
 
-    def load(self) -> Tables:
+    def load(self) -> SourceData:
         """Load both datasets.
 
         Raises:
-            UserError: A dataset cannot be loaded or lacks a column, or a check of :class:`Tables` fails.
+            UserError: A dataset cannot be loaded, has no rows or lacks a column, or a check of :class:`SourceData`
+                fails.
         """
         items = self._frame(*self.items, self.item_columns)
         log = self._frame(*self.interactions, self.columns)
-        return Tables(log, items, self.interactions[0], self.items[0]).filtered(self.filters)
+        return SourceData(log, items, self.interactions[0], self.items[0]).filtered(self.filters)
 
     def _frame(self, repository: str, name: str | None, split: str, columns: dict[str, str]) -> pd.DataFrame:
         import datasets

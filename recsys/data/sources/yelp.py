@@ -7,7 +7,8 @@ from pathlib import Path
 from recsys.data.sources.cleaning import usable
 from recsys.data.sources.files import DataFile
 from recsys.data.sources.reading import ARROW_CACHE, read
-from recsys.data.sources.tables import Columns, Filters, Source, Tables
+from recsys.data.sources.source import Columns, Filters, Source, SourceData
+from recsys.paths import InputPath
 
 
 class Yelp(Source):
@@ -23,27 +24,22 @@ class Yelp(Source):
         cache_dir: Folder that keeps the converted files; ``~`` is the home folder.
     """
 
-    def __init__(self, folder: str, filters: Filters | None = None, cache_dir: str = ARROW_CACHE) -> None:
+    def __init__(self, folder: InputPath, filters: Filters | None = None, cache_dir: str = ARROW_CACHE) -> None:
         self.folder = folder
         self.filters = filters
         self.cache_dir = cache_dir
 
-    def load(self) -> Tables:
+    def load(self) -> SourceData:
         """Read both files.
 
         Raises:
-            UserError: A file is missing or cannot be read, or a check of :class:`Tables` fails.
+            UserError: A file is missing or cannot be read, or a check of :class:`SourceData` fails.
         """
         reviews = DataFile(Path(self.folder) / "yelp_academic_dataset_review.json")
         businesses = DataFile(Path(self.folder) / "yelp_academic_dataset_business.json")
         item_columns = {Columns.ITEM: "business_id", Columns.TITLE: "name", Columns.CATEGORY: "categories"}
         items = read(businesses, item_columns, self.cache_dir)
         items[Columns.CATEGORY] = items[Columns.CATEGORY].str.replace(r"\s*,\s*", "|", regex=True)
-        columns = {
-            Columns.USER: "user_id",
-            Columns.ITEM: "business_id",
-            Columns.TIME: "date",
-            Columns.RATING: "stars",
-        }
+        columns = {Columns.USER: "user_id", Columns.ITEM: "business_id", Columns.TIME: "date", Columns.RATING: "stars"}
         log, items, dropped = usable(read(reviews, columns, self.cache_dir), items)
-        return Tables(log, items, str(reviews.path), str(businesses.path), dropped).filtered(self.filters)
+        return SourceData(log, items, str(reviews.path), str(businesses.path), dropped).filtered(self.filters)

@@ -1,4 +1,4 @@
-"""The contract of every source: two tables that are checked, and filters that are applied, in one place."""
+"""The contract of every source: data that is checked, and filters that are applied, in one place."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SLICE = 1_000_000  # values converted at a time, so that millions of texts neve
 
 
 class Columns:
-    """Column names of the two tables."""
+    """Column names of the interactions and the items."""
 
     USER = "user"
     ITEM = "item"
@@ -57,7 +57,7 @@ class Filters:
 
 
 @dataclass
-class Tables:
+class SourceData:
     """Checked interactions and items; building one normalises titles, categories, times and ratings.
 
     The index of each frame holds the row numbers that error messages name, so a source that drops rows keeps it.
@@ -112,8 +112,8 @@ class Tables:
             _reject(self.interactions_from, bad, "rating", log[Columns.RATING], "is not a number; correct it")
         self.interactions = log.assign(**{Columns.USER: users, Columns.ITEM: items}, **numbers)
 
-    def filtered(self, filters: Filters | None) -> Tables:
-        """These tables without what the filters leave out, which ``dropped`` counts.
+    def filtered(self, filters: Filters | None) -> SourceData:
+        """The data without what the filters leave out, which ``dropped`` counts.
 
         Raises:
             UserError: ``min_rating`` is set but there are no ratings, or no interaction is left.
@@ -157,8 +157,8 @@ class Source(ABC):
     """Loads interactions and items. To add one, subclass this in any module and name it in YAML by ``class_path``."""
 
     @abstractmethod
-    def load(self) -> Tables:
-        """Read everything and return the checked tables."""
+    def load(self) -> SourceData:
+        """Read everything and return the checked data."""
 
 
 def k_core(user: np.ndarray, item: np.ndarray, k: int) -> np.ndarray:

@@ -1,0 +1,1 @@
+"""The shipped configs, installed as a package of data files: `recsys configs` copies them."""

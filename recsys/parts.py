@@ -1,0 +1,81 @@
+"""Command lines in which a part that is replaced inherits nothing.
+
+A part is a group of settings that makes one object: the data, the policy, an objective. jsonargparse lays each file and
+each class that is named over what was there before, so a second data file would keep the first one's filters. Here,
+whatever names a part's file or class puts the part back to its defaults first; settings inside a part still change it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ActionConfigFile
+
+GROUPS = ("model", "data", "trainer", "logger", "negatives", "checkpoint", "report", "predictions")
+CLASSES = ("model.policy", "model.objective", "model.warm_start", "data.source", "trainer.logger", "trainer.strategy")
+
+_ABSENT = object()
+
+
+class ReplaceParts(ActionConfigFile):
+    """``--config``: puts a part that the file replaces back to its defaults before the file is applied."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        """Apply one file, or one text of YAML."""
+        tree = _load(Path(values).read_text() if _is_file(values) else values)
+        for part in (*GROUPS, *CLASSES):
+            if _replaces(_get(tree, part)) and part in cfg:
+                if part in GROUPS:
+                    cfg[part] = parser.get_defaults()[part]
+                else:
+                    cfg.pop(part)
+        super().__call__(parser, cfg, values, option_string)
+
+
+def as_configs(arguments: list[str]) -> list[str]:
+    """Write each argument that replaces a part (``--data FILE``, ``--model.policy CLASS``) as a ``--config``."""
+    result = []
+    rest = iter(arguments)
+    for argument in rest:
+        name, given, value = argument.partition("=")
+        part = name.removeprefix("--")
+        if name.startswith("--") and part in (*GROUPS, *CLASSES):
+            value = value if given else next(rest, "")
+            loaded = _load(value)
+            if _replaces(loaded):
+                for key in reversed(part.split(".")):
+                    loaded = {key: loaded}
+                argument = f"--config={yaml.safe_dump(loaded, default_flow_style=True, width=10**6).strip()}"
+            else:
+                argument = f"{name}={value}"
+        result.append(argument)
+    return result
+
+
+def _is_file(value: str) -> bool:
+    try:
+        return Path(value).is_file()
+    except OSError:  # a text that is too long for a path
+        return False
+
+
+def _load(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text  # jsonargparse says what is wrong with it
+
+
+def _get(tree: Any, key: str) -> Any:
+    for name in key.split("."):
+        if not isinstance(tree, dict) or name not in tree:
+            return _ABSENT
+        tree = tree[name]
+    return tree
+
+
+def _replaces(value: Any) -> bool:
+    """Whether a part's value names its file or its class, and does not only change settings inside it."""
+    return value is not _ABSENT and (not isinstance(value, dict) or "class_path" in value)
