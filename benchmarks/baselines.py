@@ -9,8 +9,8 @@ RecTools needs an older numpy than `constraints.txt` names, so it gets an enviro
 Prints a Markdown table for the validation and one for the test rows, as means over seeds and rows with intervals from a
 bootstrap that resamples both.
 
-* Models learn from the events of the train rows alone: histories and targets. SASRec learns from the stretches that also
-  supervised fine-tuning goes through, so that long histories count whole. Its epochs are chosen for each seed by
+* Models learn from the events of the train rows alone: histories and targets. SASRec learns from the stretches that
+  supervised fine-tuning goes through too, so that long histories count whole. Its epochs are chosen for each seed by
   Recall@10 on the validation rows, as checkpoints are.
 * A row is evaluated on all earlier events of its user, those after the training time too, as prompts are; SASRec reads
   the newest of them. Every item of the catalogue is ranked. Items without a score, as the model does not know them,

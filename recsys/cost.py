@@ -72,7 +72,7 @@ class RunCost:
         self.processes = trainer.num_devices * trainer.num_nodes
         self.work = {
             "supervised steps": Work(lambda batch: self._step(batch, model.warm_start or model.objective)),
-            "search for negatives": Work(self._groups),
+            "search for negatives": Work(self._search),
             "policy steps": Work(lambda batch: self._step(batch, model.objective)),
             "validation": Work(model.rank),
         }
@@ -152,6 +152,13 @@ class RunCost:
         items, logprobs, _ = self.negatives.groups_of(self.model, batch, torch.Generator(batch.row.device))
         self.model.train()
         return Groups(batch.row, items, logprobs, None)
+
+    @torch.no_grad()
+    def _search(self, batch: Batch) -> None:
+        """Find groups, and score them under the reference policy where the objective reads it."""
+        groups, engine = self._groups(batch), self.model.engine
+        if getattr(self.model.objective, "needs_reference", False):
+            engine.score(engine.prefill(batch.tokens, batch.length), groups.items)
 
     def _step(self, batch: Batch, objective: Objective) -> None:
         """Take an optimiser step at a learning rate of 0."""

@@ -58,23 +58,29 @@ class Window:
         k = self.k or DEFAULT_K
         return k + (k / 2 if self.half_width is None else self.half_width)
 
-    def resolve(self, num_negatives: int) -> ResolvedWindow:
-        """Return the window in a catalogue where each row has N = ``num_negatives`` negatives.
+    def resolve(self, num_negatives: int, reach: int | None = None) -> ResolvedWindow:
+        """Return the window in one catalogue.
+
+        Args:
+            num_negatives: N, negatives of each row.
+            reach: Negatives that a group can hold, beyond which no derived window ends; N by default.
 
         Raises:
             UserError: if it ends beyond them.
         """
+        reach = num_negatives if reach is None else reach
         if self.alpha is not None and self.d is not None:
             start, end = window_bounds(self.alpha, self.d, num_negatives)
             k = max(1, math.floor((start + end) / 2 + 0.5))
             return ResolvedWindow(k, (end - start) / 2, start, end, self.alpha, self.d, num_negatives)
         k = self.k or DEFAULT_K
-        half_width = min(k / 2, num_negatives - k) if self.half_width is None else self.half_width
-        if half_width <= 0 or k + half_width > num_negatives:
-            fits = num_negatives - (1 if self.half_width is None else math.ceil(self.half_width))
+        half_width = min(k / 2, reach - k) if self.half_width is None else self.half_width
+        end = k + half_width
+        if half_width <= 0 or end > num_negatives:
+            fits = reach - 1 if self.half_width is None else num_negatives - math.ceil(half_width)
             raise UserError(
-                f"model.window ends at negative {k + max(half_width, 0):g}, but each row has only {num_negatives:,} "
-                f"negatives in this catalogue: set model.window.k to {fits} or less"
+                f"model.window is around negative {k} and ends at {max(end, k):g}, but in this catalogue there are "
+                f"{reach:,} negatives: set model.window.k to {fits} or less"
             )
         alpha, d = window_around(k, half_width, num_negatives)
         start, end = window_bounds(alpha, d, num_negatives)
@@ -173,7 +179,7 @@ class DialSettings:
         Raises:
             UserError: as :meth:`check`, or if a number exceeds the catalogue.
         """
-        window = self.window.resolve(num_items - 1)
+        window = self.window.resolve(num_items - 1, most_negatives)
         self.check(window.end)
         longest = num_items if self.exact or self.num_beams is None else min(self.num_beams, num_items)
         cutoffs = self.cutoffs or tuple(k for k in DEFAULT_CUTOFFS if k <= longest)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from recsys.objectives import GRPO
 from recsys.groups import Groups
+from recsys.objectives import GRPO
 from tests.conftest import TITLES, Run
 from tests.naive import all_logprobs
 

@@ -122,7 +122,7 @@ def test_compare_tunes_on_validation_shares_the_warm_start_and_repeats_no_run(
     assert all((start[name] - weight).abs().max() < 1e-6 for name, weight in lazy.items())
     main(fit, {"SFT": sft}, "runs/sweep", **options)
     assert capsys.readouterr().out.startswith("| 1 seeds")
-    shutil.rmtree("runs/sweep/SFT")  # its checkpoints would be taken for those of the run that repeats it
+    shutil.rmtree("runs/sweep/SFT/lr1e-09")  # its checkpoints would be taken for those of the run that repeats it
     with pytest.raises(SystemExit, match="checkpoints/sweep/SFT/lr1e-09/seed3/version_0: left by"):
         main(fit, {"SFT": sft}, "runs/sweep", **options)
 
@@ -152,6 +152,27 @@ def test_compared_variants_are_configs_and_all_different(name: str, monkeypatch:
         assert ended.value.code == 0, variant
         configs[capsys.readouterr().out] = variant
     assert list(configs.values()) == list(options["variants"])
+
+
+@pytest.mark.parametrize("name", ["amazon-industrial", "amazon-office"])
+def test_other_data_keeps_the_sizes_of_what_it_replaces(name: str, monkeypatch: pytest.MonkeyPatch, capsys):
+    root = Path(__file__).parents[1]
+    monkeypatch.chdir(root)
+    fit = yaml.safe_load((root / "benchmarks" / "objectives.yaml").read_text())["fit"]
+    found = []
+    for other in ([], [f"--data=benchmarks/{name}.yaml"]):
+        with pytest.raises(SystemExit) as ended:
+            cli_main(["fit", *fit, *other, "--print_config"])
+        assert ended.value.code == 0
+        found.append(yaml.safe_load(capsys.readouterr().out))
+    small, amazon = found
+    files = {key: str(root / "data" / name / f"{key}.csv") for key in ("interactions", "items")}
+    assert amazon["data"]["source"]["init_args"].items() >= files.items()
+    changed = {key for key, value in amazon["data"].items() if value != small["data"][key]}
+    assert changed == {"source", "prompt", "fresh_share", "val_rows"}  # all validation rows
+    assert amazon["data"]["val_rows"] is None
+    del small["data"], amazon["data"]
+    assert amazon == small
 
 
 def test_compare_starts_nothing_after_a_failure(benchmark_main):

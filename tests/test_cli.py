@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -26,7 +30,7 @@ def small(tables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
                 "prompt": {"max_history": 4, "max_tokens": 128},
                 "batch_size": 8,
                 "rows_per_epoch": 8,
-                "windows_per_epoch": 8,
+                "stretches_per_epoch": 8,
                 "val_rows": 8,
                 "test_rows": 8,
             }
@@ -35,25 +39,16 @@ def small(tables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.chdir(tmp_path)
     return [
         "--data=data.yaml",
-        '--model.policy={"class_path": "recsys.policy.TinyPolicy", "init_args": {"hidden_size": 32}}',
-        '--model.window={"k": 3, "half_width": 2, "alpha": null, "d": null}',
-        "--model.beams=12",
-        "--model.cutoffs=[1, 5, 10]",
+        "--model.policy=recsys.policy.TinyPolicy",
+        "--model.policy.init_args.hidden_size=32",
+        "--model.window.k=3",
         "--trainer.enable_progress_bar=false",
         "--trainer.accelerator=cpu",
     ]
 
 
-def config_with(name: str, folder: Path, negatives: int = 8) -> str:
-    """Write a copy of a shipped config whose groups fit the small catalogue; configs name files beside them."""
-    config = yaml.safe_load((ROOT / "configs" / name).read_text())
-    config["model"].pop("policy")
-    config.pop("data")
-    for callback in config["trainer"]["callbacks"]:
-        if callback["class_path"] == "callbacks.BeamNegatives":
-            callback.setdefault("init_args", {})["num_negatives"] = negatives
-    (folder / name).write_text(yaml.safe_dump(config))
-    return f"--config={folder / name}"
+def config(name: str) -> str:
+    return f"--config={ROOT / 'configs' / name}"
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -61,28 +56,29 @@ def test_shipped_configs_parse_as_they_are(name: str, capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit) as stop:
         main(["fit", f"--config={ROOT / 'configs' / name}", "--print_config"])
     assert stop.value.code == 0
-    config = yaml.safe_load(capsys.readouterr().out)
-    assert config["trainer"]["reload_dataloaders_every_n_epochs"] == 1
+    found = yaml.safe_load(capsys.readouterr().out)
+    assert found["trainer"]["reload_dataloaders_every_n_epochs"] == 1
+    assert not found["trainer"]["callbacks"]  # the user's own
     assert (ROOT / "configs" / name).read_text().startswith("#"), "a config says what it is for"
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_shipped_configs_run(name: str, small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["fit", config_with(name, tmp_path), *small])
+    main(["fit", config(name), *small])
     assert "validation after" in capsys.readouterr().out
     assert list(tmp_path.glob("checkpoints/*/version_0/last.ckpt"))
     assert list(tmp_path.glob("runs/*/version_0/config.yaml"))
 
 
 def test_fit_then_resume_test_and_predict(small: list[str], tmp_path: Path) -> None:
-    config = config_with("debug.yaml", tmp_path)
-    main(["fit", config, *small])
+    debug = config("debug.yaml")
+    main(["fit", debug, *small])
     [events] = tmp_path.glob("runs/*/version_0/events*")
     assert b"model/objective/init_args/gate" in events.read_bytes()  # hyperparameters, for the HParams tab
     [checkpoint] = tmp_path.glob("checkpoints/*/version_0/last.ckpt")
-    main(["fit", config, *small, f"--ckpt_path={checkpoint}", "--trainer.max_epochs=3"])
+    main(["fit", debug, *small, f"--ckpt_path={checkpoint}", "--trainer.max_epochs=3"])
     assert list(tmp_path.glob("checkpoints/*/version_1/last.ckpt"))
-    main(["test", config, *small, f"--ckpt_path={checkpoint}"])
+    main(["test", debug, *small, f"--ckpt_path={checkpoint}"])
     [ranks] = tmp_path.glob("runs/*/version_2/ranks/test.parquet")
     rows = pd.read_parquet(ranks)
     events = EventAccumulator(str(ranks.parents[1])).Reload()
@@ -91,13 +87,13 @@ def test_fit_then_resume_test_and_predict(small: list[str], tmp_path: Path) -> N
         "test_user_mean": rows.groupby("user_id")["recall@10"].mean().mean(),
     }.items():
         assert events.Scalars(f"{name}/recall@10")[-1].value == pytest.approx(mean)
-    main(["predict", config, *small, f"--ckpt_path={checkpoint}"])
+    main(["predict", debug, *small, f"--ckpt_path={checkpoint}"])
     frame = pd.read_parquet(tmp_path / "predictions" / "part-000.parquet")
     assert len(frame) == 8
     assert set(frame["row"]) == set(rows["row"])
     assert frame["row"].is_unique
     for _, row in frame.iterrows():
-        assert len(set(row["item_ids"])) == len(row["item_ids"]) == 12
+        assert len(set(row["item_ids"])) == len(row["item_ids"]) == 20
         assert list(row["scores"]) == sorted(row["scores"], reverse=True)
         assert row["user_id"].startswith("u")
         assert row["target_item_id"].startswith("i")
@@ -108,8 +104,8 @@ def test_data_prints_the_card_and_loads_no_model(
     name: str, small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("recsys.policy.TinyPolicy.load", None)
-    before = {path.name for path in tmp_path.iterdir()} | {name}
-    main(["data", config_with(name, tmp_path), *small])
+    before = {path.name for path in tmp_path.iterdir()}
+    main(["data", config(name), *small])
     card = dict(re.split(r"  +", line) for line in capsys.readouterr().out.splitlines())
     assert card["items"] == "20"
     assert card["rows"] == "train 264, validation 33, test 33"
@@ -126,22 +122,83 @@ def lines_of_failure(args: list[str], capsys: pytest.CaptureFixture[str]) -> str
     return line
 
 
+@pytest.mark.parametrize("k", [1, 5, 20, 50])
+def test_k_alone_is_enough_with_every_shipped_config(
+    k: int, small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_films(tmp_path, items=100)
+    short = ["--model.warm_start_epochs=0", "--trainer.limit_train_batches=1", "--trainer.max_epochs=1"]
+    for name in CONFIGS:
+        main(["fit", config(name), *small, f"--model.window.k={k}", *short])
+        assert f"recall@{k}: " in capsys.readouterr().out, name
+        assert list(tmp_path.glob(f"checkpoints/{name.removesuffix('.yaml')}/version_0/best-*.ckpt"))
+
+
+@pytest.mark.parametrize("k", [1, 5, 20, 50])
+def test_k_through_fit_test_and_predict(
+    k: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a catalogue of 100 titles, with the debug config as it is but for its data."""
+    write_films(tmp_path, items=100)
+    monkeypatch.chdir(tmp_path)
+    arguments = [config("debug.yaml"), "--data=data.yaml", f"--model.window.k={k}", "--trainer.accelerator=cpu"]
+    main(["fit", *arguments])
+    assert f"recall@{k}: TAWin - warm start = " in capsys.readouterr().out
+    checkpoint = f"--ckpt_path={tmp_path}/checkpoints/debug/version_0/last.ckpt"
+    main(["test", *arguments, checkpoint])
+    ranks = pd.read_parquet(tmp_path / "runs/debug/version_1/ranks/test.parquet")
+    assert {f"recall@{k}", "wpauc"} <= set(ranks.columns)
+    main(["predict", *arguments, checkpoint])
+    assert len(pd.read_parquet(tmp_path / "predictions/part-000.parquet")["item_ids"][0]) >= 1.5 * k
+
+
+def write_films(folder: Path, items: int) -> None:
+    events = [(f"u{u}", f"i{(7 * u + t) % items}", 100 * t + u) for u in range(24) for t in range(10)]
+    pd.DataFrame(events, columns=["user_id", "item_id", "timestamp"]).to_csv(folder / "log.csv", index=False)
+    titles = pd.DataFrame({"item_id": [f"i{i}" for i in range(items)], "title": [f"Film {i}" for i in range(items)]})
+    titles.to_csv(folder / "items.csv", index=False)
+    files = {"interactions": "log.csv", "items": "items.csv", "cache_dir": str(folder / "cache")}
+    source = {"class_path": "recsys.data.Table", "init_args": files}
+    rows = dict.fromkeys(("rows_per_epoch", "stretches_per_epoch", "val_rows", "test_rows"), 8)
+    (folder / "data.yaml").write_text(yaml.safe_dump({"source": source, "prompt": {"max_history": 4}, **rows}))
+
+
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("overrides", "message"),
     [
-        ("--model.window.half_width=12", "model.beams"),
-        ("--model.cutoffs=[1, 50]", "cutoffs: 50"),
-        ("--ckpt_path=nowhere.ckpt", "no such file: nowhere.ckpt"),
-        ("--data.source.init_args.items=nowhere.csv", "nowhere.csv: no such file"),
-        ("--data.source.init_args.title=name", "column 'name' is missing"),
-        ("--data.val_rows=0", "data.val_rows"),
-        ("--data.prompt.template=no place", "history"),
+        (["--model.window.half_width=12", "--model.num_beams=12"], "set model.num_beams to 16 or more"),
+        (["--model.cutoffs=[1, 50]"], "cutoffs has 50, but the catalogue has 20 items"),
+        (["--model.window.k=18"], "set model.window.k to 17 or less"),
+        (["--negatives.mode=random"], "negatives.mode is random, but model.objective"),
+        (["--negatives.count=3"], "set negatives.count to 6 or more"),
+        (["--model.window.alpha=0.1"], "model.window has k and alpha"),
+        (["--checkpoint.monitor=val/recall@7"], "AdapterCheckpoint monitors 'val/recall@7', which no metric has"),
+        (["--checkpoint.monitor=val_loss"], "AdapterCheckpoint monitors 'val_loss', which no metric has"),
+        (["--ckpt_path=nowhere.ckpt"], "no such file: nowhere.ckpt"),
+        (["--data.source.init_args.items=nowhere.csv"], "nowhere.csv: no such file"),
+        (["--data.source.init_args.title=name"], "column 'name' is missing"),
+        (["--data.val_rows=0"], "data.val_rows"),
+        (["--data.prompt.template=no place"], "history"),
     ],
 )
 def test_mistakes_are_one_line(
-    override: str, message: str, small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    overrides: list[str], message: str, small: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert message in lines_of_failure(["fit", config_with("debug.yaml", tmp_path), *small, override], capsys)
+    assert message in lines_of_failure(["fit", config("debug.yaml"), *small, *overrides], capsys)
+
+
+def test_contradictions_are_refused_before_data_or_model_are_touched(
+    small: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recsys.data.HistoryDataModule.load", None)
+    monkeypatch.setattr("recsys.policy.TinyPolicy.load", None)
+    for overrides, message in (
+        (["--model.window.k=20", "--model.num_beams=25"], "num_beams is 25: set model.num_beams to 31"),
+        (["--model.window.k=20", "--negatives.count=30"], "count is 30, too few .*: set negatives.count to 31"),
+        (["--model.cutoffs=[40]", "--model.num_beams=25"], "set model.num_beams to 40"),
+        (["--checkpoint.monitor=val/recall@7"], "val/recall@7"),
+    ):
+        assert re.search(message, lines_of_failure(["fit", config("debug.yaml"), *small, *overrides], capsys))
 
 
 def test_an_unknown_item_is_named_with_its_file_and_row(
@@ -151,7 +208,7 @@ def test_an_unknown_item_is_named_with_its_file_and_row(
     lines[4] = "u0,i999,5"
     (tmp_path / "broken.csv").write_text("\n".join(lines))
     override = f"--data.source.init_args.interactions={tmp_path / 'broken.csv'}"
-    line = lines_of_failure(["fit", config_with("debug.yaml", tmp_path), *small, override], capsys)
+    line = lines_of_failure(["fit", config("debug.yaml"), *small, override], capsys)
     assert "broken.csv, row 5" in line
     assert "i999" in line
 
@@ -161,6 +218,107 @@ def test_existing_predictions_are_not_overwritten(
 ) -> None:
     (tmp_path / "predictions").mkdir()
     (tmp_path / "predictions" / "part-000.parquet").write_text("precious")
-    line = lines_of_failure(["predict", config_with("debug.yaml", tmp_path), *small], capsys)
+    line = lines_of_failure(["predict", config("debug.yaml"), *small], capsys)
     assert "exists already" in line
     assert (tmp_path / "predictions" / "part-000.parquet").read_text() == "precious"
+
+
+def printed(args: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    with pytest.raises(SystemExit) as stop:
+        main([*args, "--print_config"])
+    assert stop.value.code == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def test_a_part_that_is_replaced_inherits_nothing(
+    small: list[str], tables: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = {"data": {"source": {"class_path": "recsys.data.Table", "init_args": {**tables, "filters": {"k_core": 5}}}}}
+    base["data"] |= {"batch_size": 3, "prompt": {"max_history": 2}}
+    policy = {"class_path": "recsys.policy.LLMPolicy", "init_args": {"model": "x", "lora": {"r": 4}}}
+    objective = {"class_path": "recsys.objectives.TAWin", "init_args": {"learning_rate": 0.5, "gate": "none"}}
+    base["model"] = {"policy": policy, "objective": objective}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    (tmp_path / "second.yaml").write_text(yaml.safe_dump({"data": "data.yaml", "model": {"num_beams": 7}}))
+    fit = ["fit", "--config=base.yaml"]
+    for more in (["--data=data.yaml"], ["--data", "data.yaml"], ["--config=second.yaml"]):
+        data = printed([*fit, *more], capsys)["data"]
+        assert data["source"]["init_args"]["filters"] is None
+        assert (data["batch_size"], data["prompt"]["max_history"], data["eval_batch_size"]) == (8, 4, 16)
+    model = printed([*fit, "--model.policy", "recsys.policy.TinyPolicy", "--model.policy.init_args.heads=4"], capsys)
+    assert model["model"]["policy"]["init_args"]["lora"] is None
+    assert model["model"]["policy"]["init_args"]["heads"] == 4
+    assert model["model"]["objective"]["init_args"]["learning_rate"] == 0.5
+    given = {"class_path": "recsys.objectives.TAWin", "init_args": {"temperature": 2.0}}
+    same = printed([*fit, f"--model.objective={json.dumps(given)}"], capsys)["model"]["objective"]["init_args"]
+    assert (same["gate"], same["temperature"], same["learning_rate"]) == ("threshold", 2.0, 1e-4)
+
+
+def test_settings_inside_a_part_change_it(
+    small: list[str], tables: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "more.yaml").write_text(yaml.safe_dump({"data": {"batch_size": 3}, "model": {"window": {"k": 4}}}))
+    changed = ["--config=more.yaml", "--data.prompt.max_history=9", '--data.prompt={"max_tokens": 99}']
+    found = printed(["fit", config("debug.yaml"), *small, *changed], capsys)
+    assert found["data"]["batch_size"] == 3
+    assert (found["data"]["prompt"]["max_history"], found["data"]["prompt"]["max_tokens"]) == (9, 99)
+    assert found["data"]["source"]["init_args"]["items"] == tables["items"]
+    assert found["model"]["window"]["k"] == 4
+    assert found["model"]["objective"]["init_args"]["kl_coef"] == 0.01
+
+
+def test_named_parts_and_the_users_own_callbacks(small: list[str], tmp_path: Path) -> None:
+    own = "--trainer.callbacks+=lightning.pytorch.callbacks.LearningRateMonitor"
+    parts = ["--checkpoint.save_top_k=0", "--checkpoint.dirpath=kept", "--report.examples=1", "--logger.name=mine"]
+    main(["fit", config("debug.yaml"), *small, own, *parts, "--logger.save_dir=logs"])
+    saved = yaml.safe_load((tmp_path / "logs/mine/version_0/config.yaml").read_text())
+    assert [callback["class_path"] for callback in saved["trainer"]["callbacks"]] == [own.split("=")[1]]
+    assert {path.name for path in (tmp_path / "kept/mine/version_0").iterdir()} == {"last.ckpt", "last.adapter"}
+    main(["predict", config("debug.yaml"), *small, "--predictions.dirpath=elsewhere", "--trainer.logger=false"])
+    assert (tmp_path / "elsewhere/part-000.parquet").is_file()
+
+
+def test_every_subcommand_takes_the_config_that_a_run_saved(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["fit", config("debug.yaml"), *small])
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")  # what it read lies where it lay
+    saved = f"--config={tmp_path}/runs/debug/version_0/config.yaml"
+    for subcommand in ("data", "cost", "fit", "validate", "test", "predict"):
+        main([subcommand, saved])
+    assert "share of padding" in capsys.readouterr().out
+    for version in range(4):  # and so do those that they saved
+        main(["data", f"--config={tmp_path}/elsewhere/runs/debug/version_{version}/config.yaml"])
+
+
+def test_classes_of_the_working_directory_are_found(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine_here.py").write_text(
+        "from recsys import TAWin, Table\n\n\nclass Mine(TAWin):\n    pass\n\n\nclass MySource(Table):\n    pass\n"
+    )
+    rest = ["--trainer.max_epochs=1", "--model.warm_start_epochs=0", "--trainer.accelerator=cpu"]
+    command = [sys.executable, "-c", "from recsys.cli import main; main()", "fit", config("debug.yaml"), *small, *rest]
+    own = ["--model.objective", "mine_here.Mine", "--data.source.class_path=mine_here.MySource"]
+    result = subprocess.run([*command, *own], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert " Mine " in result.stdout
+
+
+def test_paths_in_a_yaml_file_count_from_that_file(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "small_set").mkdir()
+    write_films(tmp_path / "small_set", items=30)
+    monkeypatch.chdir(tmp_path)
+    main(["data", config("debug.yaml"), "--data=small_set/data.yaml", "--trainer.accelerator=cpu"])
+    assert re.search(r"^items +30$", capsys.readouterr().out, re.M)
+
+
+def test_the_shipped_configs_can_be_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    main(["configs"])
+    copied = {str(path.relative_to("configs")) for path in Path("configs").rglob("*.yaml")}
+    assert copied == {str(path.relative_to(ROOT / "configs")) for path in (ROOT / "configs").rglob("*.yaml")}
+    assert "configs exists already" in lines_of_failure(["configs"], capsys)

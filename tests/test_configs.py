@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from transformers import LlamaConfig, Qwen2Config
 
 from recsys.cli import main
 from recsys.data.sources import movielens
-from recsys.policy import byte_tokenizer
 from tests.test_sources_published import review_2018, write_json
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-PAPER = f"--config={CONFIGS / 'paper.yaml'}"
-TINY = '--model.policy={"class_path": "recsys.policy.TinyPolicy", "init_args": {"hidden_size": 32, "lora": null}}'
+LARGE = "--config=configs/large.yaml"  # of the copy in the working directory, from where its data files count
+TINY = '--model.policy={"class_path": "recsys.policy.TinyPolicy", "init_args": {"hidden_size": 32}}'
 SMALL = [
     "--model.warm_start_epochs=1",
     "--data.batch_size=4",
-    "--data.window_batch_size=4",
+    "--data.stretch_batch_size=4",
     "--data.eval_batch_size=4",
-    "--data.windows_per_epoch=4",
+    "--data.stretches_per_epoch=4",
     "--data.rows_per_epoch=4",
     "--data.val_rows=4",
     "--data.test_rows=4",
@@ -71,16 +70,17 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(movielens, "fetch_all", lambda *_: [tmp_path / "ml-100k.inter", tmp_path / "ml-100k.item"])
     monkeypatch.setenv("HOME", str(tmp_path))  # of the cache of converted files
     monkeypatch.chdir(tmp_path)
+    shutil.copytree(CONFIGS, "configs")
     return tmp_path
 
 
 @pytest.mark.parametrize("data", of("data"))
 def test_every_data_config_runs(data: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["fit", PAPER, f"--data={CONFIGS / 'data' / data}", TINY, *SMALL])
+    main(["fit", LARGE, f"--data=configs/data/{data}", TINY, *SMALL])
     out = capsys.readouterr().out
     for phase in ("start", "warm start", "TAWin"):
         assert any(line.lstrip().startswith(f"{phase}  ") for line in out.splitlines()), phase
-    assert list(folder.glob("checkpoints/paper/version_0/last.ckpt"))
+    assert list(folder.glob("checkpoints/large/version_0/last.ckpt"))
     assert (CONFIGS / "data" / data).read_text().startswith("#"), "a config says what it is for"
 
 
@@ -91,17 +91,15 @@ def printed(args: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, An
     return yaml.safe_load(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("base", ["paper.yaml", "tawin.yaml"])
+@pytest.mark.parametrize("base", ["large.yaml", "tawin.yaml"])
 @pytest.mark.parametrize("data", of("data"))
 def test_a_data_config_replaces_that_of_the_run(
-    base: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    base: str, data: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """``--data`` is put over the run's own data: a file that leaves a setting out would inherit it, even a filter."""
-    given = printed([f"--config={CONFIGS / base}", f"--data={CONFIGS / 'data' / data}"], capsys)
-    own = yaml.safe_load((CONFIGS / base).read_text()) | {"data": str(CONFIGS / "data" / data)}
-    own["model"].pop("policy")
-    (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
-    assert given["data"] == printed([f"--config={tmp_path / 'own.yaml'}", TINY], capsys)["data"]
+    given = printed([f"--config=configs/{base}", f"--data=configs/data/{data}"], capsys)
+    own = yaml.safe_load((CONFIGS / base).read_text()) | {"data": f"data/{data}"}
+    (folder / "configs" / "own.yaml").write_text(yaml.safe_dump(own))
+    assert given["data"] == printed(["--config=configs/own.yaml"], capsys)["data"]
 
 
 @pytest.mark.parametrize(
@@ -115,52 +113,22 @@ def test_every_policy_config_runs(
     """With the settings of the config, on small weights of the same architecture."""
     config = yaml.safe_load((CONFIGS / "policy" / policy).read_text())
     config["init_args"]["model"] = local_model
-    main(["fit", PAPER, f"--model.policy={json.dumps(config)}", *SMALL, "--trainer.num_sanity_val_steps=0"])
+    main(["fit", LARGE, f"--model.policy={json.dumps(config)}", *SMALL, "--trainer.num_sanity_val_steps=0"])
     assert "TAWin" in capsys.readouterr().out
-    assert list(folder.glob("checkpoints/paper/version_0/last.adapter/adapter_model.safetensors"))
+    assert list(folder.glob("checkpoints/large/version_0/last.adapter/adapter_model.safetensors"))
 
 
 @pytest.mark.parametrize("name", of("policy"))
-def test_policy_configs_parse_as_they_are(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    found = printed([PAPER, f"--model.policy={CONFIGS / 'policy' / name}"], capsys)["model"]["policy"]
+def test_policy_configs_parse_as_they_are(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = printed([LARGE, f"--model.policy=configs/policy/{name}"], capsys)["model"]["policy"]
     wanted = yaml.safe_load((CONFIGS / "policy" / name).read_text())
     assert found["init_args"]["model"] == wanted["init_args"]["model"]
     assert found["init_args"]["quantization"] == "nf4"
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "llama"])
-def test_cost_needs_the_config_and_the_tokenizer_alone(
-    kind: str, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    size = {"vocab_size": 300, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
-    size |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
-    config = Qwen2Config(**size) if kind == "qwen2" else LlamaConfig(**size)
-    config.save_pretrained(folder / kind)
-    byte_tokenizer().save_pretrained(folder / kind)
-    before = set(folder.iterdir())
-    policy = {"class_path": "recsys.policy.LLMPolicy", "init_args": {"model": kind}}
-    overlay = f"--config={CONFIGS / 'trainer' / 'ddp.yaml'}"
-    main(["cost", PAPER, overlay, f"--model.policy={json.dumps(policy)}", "--trainer.accelerator=cpu"])
-    text = capsys.readouterr().out
-    for name in ("supervised windows", "search for negatives", "policy optimisation", "validation", "the run"):
-        assert f"\n{name}" in text
-    assert "\neach of 8 processes" in text
-    assert "bfloat16" in text
-    assert {path.name for path in set(folder.iterdir()) - before} <= {".cache"}  # no folder of a run
-
-
-def test_cost_without_a_config_of_the_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    byte_tokenizer().save_pretrained(folder / "bare")
-    policy = {"class_path": "recsys.policy.LLMPolicy", "init_args": {"model": "bare"}}
-    with pytest.raises(SystemExit) as stop:
-        main(["cost", PAPER, f"--model.policy={json.dumps(policy)}", "--trainer.accelerator=cpu"])
-    assert stop.value.code == 1
-    assert "recsys: error: policy.model: 'bare'" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("name", of("trainer"))
-def test_trainer_configs_parse(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    found = printed([PAPER, f"--config={CONFIGS / 'trainer' / name}"], capsys)["trainer"]
+def test_trainer_configs_parse(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = printed([LARGE, f"--config=configs/trainer/{name}"], capsys)["trainer"]
     for key, value in yaml.safe_load((CONFIGS / "trainer" / name).read_text())["trainer"].items():
         if isinstance(value, dict):  # a class, to which the parser adds its defaults
             assert found[key]["class_path"] == value["class_path"]

@@ -6,12 +6,23 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
-from recsys.policy import LLMPolicy, Policy, TinyPolicy
-from recsys.search import beam_search
 from recsys.engine import TreeEngine
+from recsys.policy import LLMPolicy, Lora, Policy, TinyPolicy
+from recsys.search import beam_search
 from recsys.trie import Trie
+from recsys.types import UserError
 from tests.naive import all_logprobs, item_logprob
 
 TITLES = ["Toy", "Toy Story", "Toy Story 2", "Heat", "Heat", "He", "Ronin", "Ran", "Alien", "Aliens", "Ça va", "X"]
@@ -43,6 +54,45 @@ class Shape(Policy):
 
     def load(self, device: torch.device) -> LlamaForCausalLM:
         return self.fresh
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "llama"])
+def test_dropout_of_the_base_and_of_an_adapter_is_off_in_training(name: str) -> None:
+    """The policy that finds groups is scored without: a ratio of 1 at the first step needs an update without it too."""
+    sizes = {"vocab_size": 257, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    configs = {
+        "gpt2": GPT2Config(vocab_size=257, n_embd=32, n_layer=2, n_head=4),  # 0.1 in its layers by default
+        "opt": OPTConfig(**sizes, ffn_dim=64, word_embed_proj_dim=32, dropout=0.3, attention_dropout=0.2),
+        "llama": LlamaConfig(**sizes, intermediate_size=64, attention_dropout=0.3),
+    }
+    policy = Shape("llama")
+    base = AutoModelForCausalLM.from_config(configs[name])
+    options = {"r": 4, "lora_dropout": 0.5, "target_modules": "all-linear", "init_lora_weights": False}
+    policy.lora = Lora()
+    policy.fresh = get_peft_model(base, LoraConfig(**options, task_type="CAUSAL_LM"))
+    policy.build(torch.device("cpu"))
+    engine = TreeEngine(policy, Trie.from_sequences(SEQUENCES), "trie")
+    items = torch.arange(len(TITLES)).expand(len(PROMPTS), -1)
+    policy.eval()
+    with torch.no_grad():
+        found = engine.score(engine.prefill(*batch(PROMPTS)), items)
+    policy.train()
+    updated, _ = engine.forward(*batch(PROMPTS), items)
+    torch.testing.assert_close(updated, found, atol=2e-5, rtol=1e-5)
+
+
+def test_a_model_that_drops_something_regardless_is_refused() -> None:
+    policy = Shape("llama")
+    plain = policy.fresh.model.forward
+
+    def forward(*args, **kwargs):
+        output = plain(*args, **kwargs)
+        output.last_hidden_state = torch.nn.functional.dropout(output.last_hidden_state, 0.5, policy.training)
+        return output
+
+    policy.fresh.model.forward = forward
+    with pytest.raises(UserError, match="logits in training"):
+        policy.build(torch.device("cpu"))
 
 
 def make(kind: str = "llama", normalization: str = "trie") -> TreeEngine:

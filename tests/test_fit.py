@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from recsys.data import PromptTemplate
 from recsys.module import Recommender
@@ -193,6 +194,22 @@ def test_kl_is_zero_at_the_first_step_and_grows(tables, tmp_path: Path) -> None:
     kl = [step["train/kl"] for step in losses.steps if "train/kl" in step]
     assert kl[0] == pytest.approx(0, abs=1e-6)
     assert max(kl[1:]) > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_no_ratio_is_clipped_at_the_first_step_of_a_model_with_dropout(tables, tmp_path: Path, kind: str) -> None:
+    """GPT-2 has a dropout of 0.1 in its config."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    config = GPT2Config(vocab_size=257, n_embd=64, n_layer=2, n_head=2) if kind == "gpt2" else None
+    model = AutoModelForCausalLM.from_config(config or LlamaConfig(vocab_size=257, attention_dropout=0.2, **sizes))
+    model.save_pretrained(tmp_path / "base")
+    TinyPolicy().tokenizer.save_pretrained(tmp_path / "base")
+    policy = LLMPolicy(str(tmp_path / "base"), quantization="none", dtype="float32", lora=Lora(r=4))
+    losses, settings = Losses(), {"objective": GRPO(learning_rate=1e-2, kl_coef=0.1), "warm_start_epochs": 1}
+    Run(tables, tmp_path, policy, settings, max_epochs=2, callbacks=[losses]).fit()
+    first = next(step for step in losses.steps if "train/kl" in step)
+    assert first["train/kl"] == pytest.approx(0, abs=1e-6)
+    assert first["train/clipped"] == 0
 
 
 def test_reference_is_the_policy_after_the_warm_start(tables, tmp_path: Path) -> None:

@@ -11,9 +11,10 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 from recsys.objectives import GRPO, GroupObjective, ScoredGroups, SoftmaxDPO, TAWin
-from recsys.types import UserError
+from recsys.types import Batch, UserError
 from recsys.window import Window
 from tests.conftest import Run
+from tests.naive import item_logprob
 
 
 def random_groups(count: int = 200, size: int = 9) -> ScoredGroups:
@@ -178,3 +179,63 @@ def test_softmax_dpo_is_given_the_policy_of_its_start(tables, tmp_path: Path) ->
     start = math.log(11)  # items of a group
     assert steps.logged[0]["train/loss"] == pytest.approx(start, rel=1e-5)
     assert steps.logged[-1]["train/loss"] < start - 0.02
+
+
+def anchored_step(tables, folder: Path, objective: GroupObjective) -> tuple[Run, dict[str, Tensor], list[int], Batch]:
+    """One step on a batch of eight rows, of which the search missed some; with the token rows of each pass."""
+    model = {"objective": GRPO(learning_rate=0.0), "warm_start_epochs": 0}
+    run = Run(tables, folder, model=model, max_epochs=1, negatives={"count": 10}).fit()
+    engine, passes = run.model.engine, []
+    [batch] = list(run.data.batches(run.data.train_rows(0)[:8], 8))
+    run.model.groups.ref_logprobs = run.model.groups.old_logprobs.clone()
+    hidden = run.model.policy.hidden
+
+    def counted(tokens: Tensor, *args, **kwargs) -> Tensor:
+        passes.append(tokens.numel())
+        return hidden(tokens, *args, **kwargs)
+
+    run.model.policy.hidden = counted
+    parts = objective.step(engine, batch, run.model.groups, run.model.dial.window)
+    run.model.policy.hidden = hidden
+    return run, parts, passes, batch
+
+
+@pytest.mark.parametrize("make", [GRPO, TAWin, SoftmaxDPO])
+@pytest.mark.parametrize("train_missed", [True, False])
+def test_the_anchor_is_the_mean_nll_of_every_title_in_the_batch(tables, tmp_path: Path, make, train_missed) -> None:
+    """Against one full row through the model for each title, also of rows whose groups are skipped."""
+    objective = make(anchor_coef=0.3, train_missed=train_missed)
+    run, parts, _, batch = anchored_step(tables, tmp_path, objective)
+    plain = make(train_missed=train_missed).step(run.model.engine, batch, run.model.groups, run.model.dial.window)
+    policy, sequences = run.model.policy, run.data.item_tokens
+    nll, titles = 0.0, 0
+    with torch.no_grad():
+        for b in range(len(batch)):
+            tokens = batch.tokens[b, : batch.length[b]].tolist()
+            titles_of = zip(batch.history[b].tolist(), batch.history_start[b].tolist(), strict=True)
+            places = [(item, start) for item, start in titles_of if item >= 0]
+            for item, start in [*places, (batch.target[b].item(), len(tokens))]:
+                nll -= item_logprob(policy, tokens[:start], sequences, item, "trie").item()
+                titles += 1
+    assert parts["anchor"].item() == pytest.approx(nll / titles, rel=1e-4)
+    assert parts["loss"].item() == pytest.approx(plain["loss"].item() + 0.3 * nll / titles, rel=1e-4)
+    assert 0 < parts["groups"].item() < 1 or train_missed
+
+
+def test_an_anchored_row_that_is_skipped_goes_without_its_negatives_tree(tables, tmp_path: Path) -> None:
+    run, parts, passes, batch = anchored_step(tables, tmp_path, TAWin(anchor_coef=0.1))
+    skipped = round(8 * (1 - parts["groups"].item()))
+    assert 0 < skipped < 8
+    trains = TAWin().trains(run.model.groups.old_logprobs[run.model.groups.find(batch.row)])
+    part = batch[~trains]
+    tree = run.model.engine.tree_of(part.target[:, None])
+    assert passes[1] == skipped * (part.tokens.shape[1] + tree.node.shape[1])
+    group = run.model.engine.tree_of(run.model.groups.items[run.model.groups.find(batch[trains].row)])
+    assert group.node.shape[1] > 2 * tree.node.shape[1]
+    alone = anchored_step(tables, tmp_path, TAWin())[2]
+    assert len(alone) == 1  # without an anchor the skipped rows cost nothing
+
+
+def test_an_anchor_below_0_is_refused() -> None:
+    with pytest.raises(UserError, match="anchor_coef must be at least 0"):
+        TAWin(anchor_coef=-0.1)

@@ -93,7 +93,7 @@ def test_contradictions_are_refused_before_the_catalogue_is_known(change: dict, 
         ({"window": Window(alpha=0.1, d=0.3), "count": 25}, "negatives.count is 25.*set negatives.count to 41"),
         ({"cutoffs": (150,)}, "cutoffs has 150, but the catalogue has 100 items"),
         ({"count": 99}, "count is 99, but of 100 items only 98 can be a negative"),
-        ({"window": Window(k=60, half_width=50)}, "ends at negative 110, but each row has only 99.*to 49 or less"),
+        ({"window": Window(k=60, half_width=50)}, "ends at 110, but in this catalogue.*to 49 or less"),
     ],
 )
 def test_what_the_catalogue_does_not_allow_is_refused(change: dict, message: str) -> None:
