@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import runpy
 import shutil
@@ -20,6 +21,7 @@ from transformers import AutoTokenizer
 
 from recsys.cli import main as cli_main
 from recsys.data import HistoryDataModule, PromptTemplate, Table
+from recsys.window import DEFAULT_CUTOFFS
 
 
 @pytest.fixture
@@ -141,16 +143,22 @@ def test_compare_takes_another_folder_and_further_arguments(benchmark_main, monk
 
 
 @pytest.mark.parametrize("name", ["fresh", "normalization", "objectives", "synthetic"])
-def test_compared_variants_are_configs_and_all_different(name: str, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_compared_variants_are_configs_that_measure_what_is_shown_and_all_different(
+    benchmark_main, name: str, monkeypatch: pytest.MonkeyPatch, capsys
+):
     root = Path(__file__).parents[1]
     monkeypatch.chdir(root)
     options = yaml.safe_load((root / "benchmarks" / f"{name}.yaml").read_text())
+    shown = options.get("metrics") or inspect.signature(benchmark_main("compare")).parameters["metrics"].default
+    cutoffs = {int(metric.split("@")[1]) for metric in shown if "@" in metric}
     configs: dict[str, str] = {}
     for variant, arguments in options["variants"].items():
         with pytest.raises(SystemExit) as ended:
             cli_main(["fit", *options["fit"], *arguments, "--print_config"])
         assert ended.value.code == 0, variant
-        configs[capsys.readouterr().out] = variant
+        config = capsys.readouterr().out
+        assert cutoffs <= {*(yaml.safe_load(config)["model"]["cutoffs"] or DEFAULT_CUTOFFS)}, variant
+        configs[config] = variant
     assert list(configs.values()) == list(options["variants"])
 
 
