@@ -8,7 +8,6 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-
 if TYPE_CHECKING:
     from recsys.data import DataFrames, HistoryDataModule, MovieLens100K, PromptTemplate, Table
     from recsys.functional import group_advantages, tawin_advantages, windowed_partial_auc
