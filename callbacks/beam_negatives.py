@@ -63,9 +63,14 @@ class BeamNegatives(GroupSource):
         if self.groups is not None:
             self.groups = pl_module.groups = self.groups.to(pl_module.device)
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: Recommender) -> None:  # type: ignore[override]
-        """Refresh the rows of the epochs up to the next refresh."""
-        rows = self.due(pl_module, trainer.current_epoch)
+    def on_train_batch_start(  # type: ignore[override]
+        self, trainer: Trainer, pl_module: Recommender, batch: Batch, batch_idx: int
+    ) -> None:
+        """Refresh the rows of the epochs up to the next refresh, before an epoch's first batch.
+
+        Not at the epoch's start: Lightning leaves that out when it resumes from behind the last batch of an epoch.
+        """
+        rows = self.due(pl_module, trainer.current_epoch) if batch_idx == 0 else ()
         if len(rows):
             self.refresh(trainer, pl_module, rows, 0)
 

@@ -147,11 +147,15 @@ class RunCost:
 
     @torch.no_grad()
     def _groups(self, batch: Batch) -> Groups:
-        """Find the groups of a batch as a refresh does, with their positives among the found."""
+        """Find the groups of a batch as a refresh does, so many rows at a time."""
+        batch, size = batch[batch.row.argsort()], self.negatives.batch_size
+        generator = torch.Generator(batch.row.device)
         self.model.eval()
-        items, logprobs, _ = self.negatives.groups_of(self.model, batch, torch.Generator(batch.row.device))
+        parts = [batch[rows] for rows in torch.arange(len(batch), device=batch.row.device).split(size)]
+        found = [self.negatives.groups_of(self.model, part, generator) for part in parts]
         self.model.train()
-        return Groups(batch.row, items, logprobs, None)
+        items, logprobs = (torch.cat([part[column] for part in found]) for column in (0, 1))
+        return Groups(batch.row, items, logprobs, logprobs.clone())
 
     @torch.no_grad()
     def _search(self, batch: Batch) -> None:
@@ -164,8 +168,7 @@ class RunCost:
         """Take an optimiser step at a learning rate of 0."""
         groups, rows = None, self.model.engine.token_rows
         if isinstance(objective, GroupObjective):
-            parts = [self._groups(batch[part]) for part in torch.arange(len(batch)).split(self.negatives.batch_size)]
-            groups = _joined(parts)
+            groups = self._groups(batch)
             groups.old_logprobs[:, 0] = 0.0  # every positive counts as found, so that its group is trained
             self.model.engine.token_rows = rows  # the search is counted apart
         objective.step(self.model.engine, batch, groups, self.model.dial.window)["loss"].backward()
@@ -198,14 +201,6 @@ class RunCost:
             f"{self.processes} processes. Policy steps train every group: an upper bound."
         )
         return "\n".join(text)
-
-
-def _joined(parts: list[Groups]) -> Groups:
-    row = torch.cat([part.row for part in parts])
-    order = row.argsort()
-    columns = (torch.cat([getattr(part, name) for part in parts])[order] for name in ("items", "old_logprobs"))
-    items, logprobs = columns
-    return Groups(row[order], items, logprobs, logprobs.clone())
 
 
 def _process_peak() -> int:

@@ -134,8 +134,9 @@ def test_learning_rate_follows_each_phase(finished: tuple[Run, Losses]) -> None:
     assert policy[-1] < policy[1]
 
 
-def test_checkpoints_are_small_and_resume_is_exact(tables, tmp_path: Path) -> None:
-    """A run that stops in the middle of a TAWin epoch and resumes ends as one that never stopped."""
+@pytest.mark.parametrize("left", [12, 8, 7, 2], ids=["warm start", "its last step", "first of TAWin", "TAWin"])
+def test_checkpoints_are_small_and_resume_is_exact(left: int, tables, tmp_path: Path) -> None:
+    """A run that stops in the middle of either phase and resumes ends as one that never stopped, bit for bit."""
 
     class Stop(Callback):
         def on_train_batch_end(self, trainer, *args) -> None:
@@ -145,14 +146,17 @@ def test_checkpoints_are_small_and_resume_is_exact(tables, tmp_path: Path) -> No
 
     model = {"objective": TAWin(learning_rate=1e-2, kl_coef=0.1)}
     whole = Run(tables, tmp_path / "whole", max_epochs=3, model=model).fit()
-    stop_at = whole.trainer.global_step - 2
+    stop_at = whole.trainer.global_step - left  # of which TAWin has 8
     with pytest.raises(KeyError):
         Run(tables, tmp_path / "cut", max_epochs=3, model=model, callbacks=[Stop()]).fit()
     resumed = Run(tables, tmp_path / "resumed", max_epochs=3, model=model).fit(ckpt_path=str(tmp_path / "mid.ckpt"))
     assert resumed.trainer.global_step == whole.trainer.global_step
     for name, weight in whole.weights.items():
-        torch.testing.assert_close(resumed.weights[name], weight, msg=name)
-    assert [v.phase for v in resumed.report.validations] == [v.phase for v in whole.report.validations]
+        assert torch.equal(resumed.weights[name], weight), name
+    validated = [v.phase for v in whole.report.validations]
+    if left == 8:  # Lightning goes on with the next epoch
+        validated.remove("warm start")
+    assert [v.phase for v in resumed.report.validations] == validated
     saved = torch.load(tmp_path / "mid.ckpt", weights_only=False)["state_dict"]
     assert saved.keys() == {f"policy.{name}" for name in whole.weights}
 
