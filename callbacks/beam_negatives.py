@@ -70,8 +70,7 @@ class BeamNegatives(GroupSource):
 
         Not at the epoch's start: Lightning leaves that out when it resumes from behind the last batch of an epoch.
         """
-        rows = self.due(pl_module, trainer.current_epoch) if batch_idx == 0 else ()
-        if len(rows):
+        if batch_idx == 0 and len(rows := self.due(pl_module, trainer.current_epoch)):
             self.refresh(trainer, pl_module, rows, 0)
 
     def due(self, module: Recommender, epoch: int) -> np.ndarray:

@@ -143,31 +143,22 @@ class DialSettings:
         for k in self.cutoffs or ():
             if k < 1:
                 raise UserError(f"model.cutoffs must be at least 1, but one is {k}")
-        if self.num_beams is not None and not self.exact:
-            if self.num_beams < 1:
-                raise UserError(f"model.num_beams must be at least 1, but it is {self.num_beams}")
-            if self.cutoffs and max(self.cutoffs) > self.num_beams:
-                raise UserError(
-                    f"model.cutoffs has {max(self.cutoffs)}, but model.num_beams is {self.num_beams}: set "
-                    f"model.num_beams to {max(self.cutoffs)} or more, or to null"
+        ends = "" if end is None else f"model.window ends at negative {end:g}"
+        if not self.exact:
+            _at_least(1, "model.num_beams", self.num_beams, "a list needs an item")
+            if self.cutoffs:
+                _at_least(
+                    max(self.cutoffs), "model.num_beams", self.num_beams, f"model.cutoffs has {max(self.cutoffs)}"
                 )
-            if end is not None and math.ceil(end) + 1 > self.num_beams:
-                raise UserError(
-                    f"model.window ends at negative {end:g}, but model.num_beams is {self.num_beams}: set "
-                    f"model.num_beams to {math.ceil(end) + 1} or more, or to null"
-                )
+            if end is not None:  # the list holds the positive too
+                _at_least(math.ceil(end) + 1, "model.num_beams", self.num_beams, ends)
         if self.windowed and self.best_share == 0:
             raise UserError(
                 "negatives.mode is random, but model.objective weighs the policy's best negatives by their rank: set "
                 "negatives.mode to beam, or model.objective to recsys.objectives.GRPO"
             )
-        if self.windowed and self.count is not None and self.best_share and end is not None:
-            needed = math.ceil((math.ceil(end) + 1) / self.best_share)
-            if self.count < needed:
-                raise UserError(
-                    f"model.window ends at negative {end:g}, but negatives.count is {self.count}, too few for the gate "
-                    f"to have a lower end: set negatives.count to {needed} or more, or to null"
-                )
+        if self.windowed and self.best_share and end is not None:  # a negative behind it is the gate's lower end
+            _at_least(math.ceil((math.ceil(end) + 1) / self.best_share), "negatives.count", self.count, ends)
 
     def resolve(self, num_items: int, most_negatives: int) -> Dial:
         """Return the dial in one catalogue.
@@ -181,34 +172,35 @@ class DialSettings:
         """
         window = self.window.resolve(num_items - 1, most_negatives)
         self.check(window.end)
-        longest = num_items if self.exact or self.num_beams is None else min(self.num_beams, num_items)
-        cutoffs = self.cutoffs or tuple(k for k in DEFAULT_CUTOFFS if k <= longest)
+        length = num_items if self.exact or self.num_beams is None else min(self.num_beams, num_items)
+        cutoffs = self.cutoffs or tuple(k for k in DEFAULT_CUTOFFS if k <= length)
         cutoffs = tuple(sorted({*cutoffs, window.k}))
         if cutoffs[-1] > num_items:
-            raise UserError(
-                f"model.cutoffs has {cutoffs[-1]}, but the catalogue has {num_items} items: set it to {num_items} or "
-                "less"
-            )
-        length = longest
+            raise UserError(f"model.cutoffs has {cutoffs[-1]}, but the catalogue has {num_items} items: lower it")
         if self.num_beams is None and not self.exact:  # a search finds the worst of its list least surely
             length = min(math.ceil(1.5 * max(math.ceil(window.end) + 1, cutoffs[-1])), num_items)
-        count = self.count
-        if self.best_share is not None:
-            if count is None:
-                reach = math.ceil(window.end)
-                reach += max(4, round(reach / 3))  # ranks move while a list waits for its next refresh
-                count = min(math.ceil(reach / (self.best_share or 1)), most_negatives)
-            if count > most_negatives:
-                raise UserError(
-                    f"negatives.count is {count}, but of {num_items} items only {most_negatives} can be a negative of "
-                    f"every row: set it to {most_negatives} or less"
-                )
-            if self.windowed and self.best_share and window.end > math.ceil(count * self.best_share):
-                raise UserError(
-                    f"model.window ends at negative {window.end:g}, but of {num_items} items only {most_negatives} can "
-                    f"be a negative of every row: lower model.window.k"
-                )
-        return Dial(window, cutoffs, length, count or 0, self)
+        return Dial(window, cutoffs, length, self._group_negatives(window.end, most_negatives), self)
+
+    def _group_negatives(self, end: float, most: int) -> int:
+        """Return n, negatives of a group, of which at most ``most`` can be had; 0 if there are no groups."""
+        if self.best_share is None:
+            return 0
+        reach = math.ceil(end)
+        reach += max(4, round(reach / 3))  # ranks move while a list waits for its next refresh
+        count = min(math.ceil(reach / (self.best_share or 1)), most) if self.count is None else self.count
+        best = math.ceil(count * self.best_share)
+        if count > most or (self.windowed and end > best):
+            raise UserError(
+                f"negatives.count is {count}, the window ends at negative {end:g}, and only {most} items of this "
+                f"catalogue can be a negative of every row: set negatives.count to {most} or less or lower the window"
+            )
+        return count
+
+
+def _at_least(least: int, option: str, value: int | None, why: str) -> None:
+    """Raise a UserError if a given value is too small."""
+    if value is not None and value < least:
+        raise UserError(f"{why}, but {option} is {value}: set {option} to {least} or more, or to null")
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ def test_mistakes_are_those_of_the_fit(tables, tmp_path: Path) -> None:
         cost_of(Run(tables, tmp_path, max_epochs=-1))
     with pytest.raises(UserError, match=r"model\.cutoffs has 30"):
         cost_of(Run(tables, tmp_path, model={"cutoffs": (30,)}))
-    with pytest.raises(UserError, match="only 18 can be a negative"):
+    with pytest.raises(UserError, match="only 18 items of this catalogue can be a negative"):
         cost_of(Run(tables, tmp_path, negatives={"count": 50}))
 
 

@@ -310,7 +310,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_batch(tables, tmp
         ({"model": {"cutoffs": (1, 13)}}, "cutoffs has 13, but model.num_beams is 12: set model.num_beams to 13"),
         ({"negatives": {"count": 4}}, "window ends at negative 5, but negatives.count is 4.*set negatives.count to 6"),
         ({"negatives": {"mode": "random"}}, "negatives.mode is random, but model.objective"),
-        ({"negatives": {"count": 19}}, "count is 19, but of 20 items only 18 can be a negative.*set it to 18"),
+        (
+            {"negatives": {"count": 19}},
+            "count is 19.*only 18 items of this catalogue can be a negative.*set negatives.count to 18",
+        ),
         ({"data": {"prompt": PromptTemplate("Seen:\n{history}", max_tokens=5000)}}, "positions"),
         ({"reload_dataloaders_every_n_epochs": 0}, "reload_dataloaders_every_n_epochs"),
     ],

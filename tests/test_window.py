@@ -77,7 +77,7 @@ def test_an_exact_list_holds_every_item() -> None:
         ({"window": Window(k=20), "count": 40, "best_share": 0.5}, "negatives.count is 40.*set negatives.count to 62"),
         ({"best_share": 0.0}, "negatives.mode is random, but model.objective.*set negatives.mode to beam"),
         ({"cutoffs": (0, 5)}, "model.cutoffs must be at least 1"),
-        ({"num_beams": 0}, "model.num_beams must be at least 1"),
+        ({"num_beams": 0}, "a list needs an item, but model.num_beams is 0"),
     ],
 )
 def test_contradictions_are_refused_before_the_catalogue_is_known(change: dict, message: str) -> None:
@@ -91,8 +91,8 @@ def test_contradictions_are_refused_before_the_catalogue_is_known(change: dict, 
     [
         ({"window": Window(alpha=0.1, d=0.3), "num_beams": 25}, "ends at negative 39.6.*set model.num_beams to 41"),
         ({"window": Window(alpha=0.1, d=0.3), "count": 25}, "negatives.count is 25.*set negatives.count to 41"),
-        ({"cutoffs": (150,)}, "cutoffs has 150, but the catalogue has 100 items"),
-        ({"count": 99}, "count is 99, but of 100 items only 98 can be a negative"),
+        ({"cutoffs": (150,)}, "cutoffs has 150, but the catalogue has 100 items: lower it"),
+        ({"count": 99}, "count is 99.*only 98 items of this catalogue can be a negative.*set negatives.count to 98"),
         ({"window": Window(k=60, half_width=50)}, "ends at 110, but in this catalogue.*to 49 or less"),
     ],
 )
