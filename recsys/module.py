@@ -139,7 +139,8 @@ class Recommender(lightning.LightningModule):
                 f"{type(self.objective).__name__} needs negatives: add callbacks.BeamNegatives() to the trainer"
             )
         settings.check(self.window.ends_at())
-        self._check_monitors((*(self.cutoffs or DEFAULT_CUTOFFS), self.window.k or DEFAULT_K))
+        if self.window.alpha is None:  # else K depends on the catalogue
+            self._check_monitors((*(self.cutoffs or DEFAULT_CUTOFFS), self.window.k or DEFAULT_K))
 
     def _dial_settings(self) -> DialSettings:
         source = next((c for c in self.trainer.callbacks if isinstance(c, GroupSource)), None)  # type: ignore[attr-defined]
