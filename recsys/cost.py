@@ -197,8 +197,8 @@ class RunCost:
         device = self.trainer.strategy.root_device
         memory = "of the device" if device.type == "cuda" else "of this process"
         text.append(
-            f"Measured on {device}, the largest batch of each kind first; memory {memory}, token rows of all "
-            f"{self.processes} processes. Policy steps train every group: an upper bound."
+            f"Measured on {device}, the largest batch of each kind first; memory {memory}, token rows of "
+            f"{self.processes} process(es). Policy steps train every group: an upper bound."
         )
         return "\n".join(text)
 
