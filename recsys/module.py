@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +16,15 @@ from torch import Tensor
 from recsys.data import HistoryDataModule
 from recsys.engine import TreeEngine
 from recsys.evaluation import Evaluation, logged_names
-from recsys.functional import linear_schedule
 from recsys.groups import Groups, GroupSource
 from recsys.logprobs import Normalization
 from recsys.objectives import GroupObjective, Objective, SupervisedFineTuning
+from recsys.phase import Phase
 from recsys.policy import Policy
 from recsys.search import Ranking, beam_search
 from recsys.trie import Trie
 from recsys.types import Batch, UserError
 from recsys.window import DEFAULT_CUTOFFS, DEFAULT_K, Dial, DialSettings, Window
-
-
-@dataclass(frozen=True)
-class Phase:
-    """Epochs with one objective."""
-
-    objective: Objective
-    start: int  # first epoch
-    end: int | None  # epoch after the last; None if the trainer has no end
-
-    @property
-    def supervised(self) -> bool:
-        """Whether it trains on stretches of history, not on rows with negatives."""
-        return self.objective.supervised
-
-    def progress(self, epoch: float) -> float:
-        """Return the share of the phase that is done; 0 if it has no end, or at an epoch beyond it."""
-        if self.end is None or not self.start <= epoch < self.end:
-            return 0.0
-        return (epoch - self.start) / (self.end - self.start)
 
 
 class Recommender(lightning.LightningModule):
@@ -225,8 +205,7 @@ class Recommender(lightning.LightningModule):
         epoch = self.current_epoch
         phase = self.phase_at(epoch)
         begins = epoch == phase.start > 0 and batch_idx == 0
-        progress = phase.progress(epoch + batch_idx / self.trainer.num_training_batches)
-        rate = phase.objective.learning_rate * (1.0 if phase.end is None else linear_schedule(progress, self.lr_warmup))
+        rate = phase.learning_rate(epoch + batch_idx / self.trainer.num_training_batches, self.lr_warmup)
         for optimizer in self.trainer.optimizers:
             if begins:
                 optimizer.state.clear()

@@ -121,7 +121,10 @@ def in_small(arguments: list[str], policy: str, small: list[str]) -> list[str]:
 @pytest.mark.parametrize("config", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.name)
 @pytest.mark.parametrize("local_model", ["llama"], indirect=True)
 def test_what_the_header_of_a_config_offers_runs(
-    config: Path, local_model: str, workplace: Path, capsys: pytest.CaptureFixture[str]
+    config: Path,
+    local_model: str,
+    folder: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """On small data, a small model and in few steps; what needs eight GPUs is parsed alone."""
     chosen = {"class_path": "recsys.policy.LLMPolicy", "init_args": {"model": local_model, "lora": {"r": 2}}}

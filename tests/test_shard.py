@@ -136,4 +136,4 @@ def test_what_cannot_be_divided_is_refused(tables, tmp_path: Path, mesh: DeviceM
     run = Run(tables, tmp_path, strategy=ModelParallelStrategy(), devices=2)
     run.model.trainer = run.trainer
     with pytest.raises(UserError, match="ModelParallelStrategy is not supported"):
-        run.model.setup("fit")
+        run.model.prepare_data()
