@@ -299,7 +299,8 @@ def test_classes_of_the_working_directory_are_found(
         "from recsys import TAWin, Table\n\n\nclass Mine(TAWin):\n    pass\n\n\nclass MySource(Table):\n    pass\n"
     )
     rest = ["--trainer.max_epochs=1", "--model.warm_start_epochs=0", "--trainer.accelerator=cpu"]
-    command = [sys.executable, "-c", "from recsys.cli import main; main()", "fit", config("debug.yaml"), *small, *rest]
+    script = Path(sys.executable).with_name("recsys")  # `python -c` would put the working directory on the path
+    command = [str(script), "fit", config("debug.yaml"), *small, *rest]
     own = ["--model.objective", "mine_here.Mine", "--data.source.class_path=mine_here.MySource"]
     result = subprocess.run([*command, *own], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
