@@ -12,14 +12,14 @@ from jsonargparse.typing import register_type
 
 if TYPE_CHECKING:
     InputPath: TypeAlias = str
-    ModelName: TypeAlias = str
+    NameOrFolder: TypeAlias = str
 else:
 
     class InputPath(str):
         """A file or folder to read."""
 
-    class ModelName(str):
-        """A folder of a ``transformers`` model, or the name of one elsewhere."""
+    class NameOrFolder(str):
+        """A folder of a model or of data, or the name of one on the hub."""
 
 
 def _absolute(path: str) -> InputPath:
@@ -27,9 +27,9 @@ def _absolute(path: str) -> InputPath:
     return InputPath(os.path.abspath(os.path.expanduser(path)))
 
 
-def _absolute_if_folder(name: str) -> ModelName:
-    return ModelName(_absolute(name) if os.path.isdir(os.path.expanduser(name)) else name)
+def _absolute_if_folder(name: str) -> NameOrFolder:
+    return NameOrFolder(_absolute(name) if os.path.isdir(os.path.expanduser(name)) else name)
 
 
 register_type(InputPath, serializer=str, deserializer=_absolute)
-register_type(ModelName, serializer=str, deserializer=_absolute_if_folder)
+register_type(NameOrFolder, serializer=str, deserializer=_absolute_if_folder)

@@ -315,6 +315,17 @@ def test_paths_in_a_yaml_file_count_from_that_file(
     monkeypatch.chdir(tmp_path)
     main(["data", config("debug.yaml"), "--data=small_set/data.yaml", "--trainer.accelerator=cpu"])
     assert re.search(r"^items +30$", capsys.readouterr().out, re.M)
+    model = {"class_path": "recsys.policy.LLMPolicy", "init_args": {"model": "weights", "adapter": "a"}}
+    (tmp_path / "small_set" / "weights").mkdir()
+    (tmp_path / "small_set" / "policy.yaml").write_text(yaml.safe_dump(model))
+    found = printed(["fit", config("debug.yaml"), "--model.policy=small_set/policy.yaml"], capsys)["model"]["policy"]
+    assert found["init_args"]["model"] == str(tmp_path / "small_set" / "weights")
+    assert found["init_args"]["adapter"] == str(tmp_path / "small_set" / "a")
+    hub = {"class_path": "recsys.data.HubDataset", "init_args": {"interactions": "weights", "items": "me/elsewhere"}}
+    (tmp_path / "small_set" / "hub.yaml").write_text(yaml.safe_dump({"source": hub}))
+    found = printed(["fit", config("debug.yaml"), "--data=small_set/hub.yaml"], capsys)["data"]["source"]["init_args"]
+    assert found["interactions"] == str(tmp_path / "small_set" / "weights")
+    assert found["items"] == "me/elsewhere"
 
 
 def test_the_shipped_configs_can_be_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from recsys.assets import CACHE_DIR, SMOLLM2, fetch
-from recsys.paths import InputPath, ModelName
+from recsys.paths import InputPath, NameOrFolder
 from recsys.policy.base import Policy
 from recsys.policy.lora import Lora, add_adapter, check_adapter
 from recsys.types import UserError
@@ -40,7 +40,7 @@ class LLMPolicy(Policy):
 
     def __init__(
         self,
-        model: ModelName = DEFAULT_MODEL,
+        model: NameOrFolder = DEFAULT_MODEL,
         quantization: Literal["nf4", "none"] = "nf4",
         dtype: Literal["auto", "float32", "bfloat16"] = "auto",
         lora: Lora = Lora(),

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from recsys.paths import ModelName
+from recsys.paths import NameOrFolder
 from recsys.policy.base import Policy
 from recsys.policy.llm import LLMPolicy
 from recsys.policy.lora import Lora, add_adapter
@@ -32,7 +32,7 @@ class TinyPolicy(Policy):
         heads: int = 2,
         seed: int = 0,
         lora: Lora | None = None,
-        tokenizer: ModelName | None = None,
+        tokenizer: NameOrFolder | None = None,
     ) -> None:
         super().__init__()
         self.name = f"tiny-llama-{hidden_size}x{layers}-seed{seed}"

@@ -7,7 +7,7 @@ import pandas as pd
 from recsys.data.sources.files import DataFile
 from recsys.data.sources.reading import ARROW_CACHE, read, to_frame
 from recsys.data.sources.source import Columns, Filters, Source, SourceData
-from recsys.paths import InputPath
+from recsys.paths import InputPath, NameOrFolder
 from recsys.types import UserError
 
 
@@ -157,8 +157,8 @@ class HubDataset(_Mapped):
 
     def __init__(
         self,
-        interactions: str,
-        items: str,
+        interactions: NameOrFolder,
+        items: NameOrFolder,
         interactions_name: str | None = None,
         items_name: str | None = None,
         interactions_split: str = "train",
