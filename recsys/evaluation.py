@@ -14,25 +14,22 @@ from recsys.window import Dial
 FILTERED = "filtered_"  # begins the names of per-row values of lists without the items that a user has seen
 
 
-def metrics_of(dial: Dial) -> dict[str, RowMean]:
-    """Return the metrics of a full list by name."""
-    metrics: dict[str, RowMean] = {f"recall@{k}": Recall(k) for k in dial.cutoffs}
-    metrics |= {f"ndcg@{k}": NDCG(k) for k in dial.cutoffs}
-    metrics["wpauc"] = WPAUC(dial.window.alpha, dial.window.d)
-    return metrics
+def metrics_of(cutoffs: tuple[int, ...], alpha: float, d: float) -> dict[str, RowMean]:
+    """Return every metric by name, for these cut-offs and a window of false positive rates."""
+    metrics: dict[str, RowMean] = {f"recall@{k}": Recall(k) for k in cutoffs}
+    metrics |= {f"ndcg@{k}": NDCG(k) for k in cutoffs}
+    return metrics | {"wpauc": WPAUC(alpha, d)}
 
 
 def logged_names(part: str, cutoffs: tuple[int, ...]) -> set[str]:
     """Return the names under which a part of the rows (``val``, ``test``) is logged with these cut-offs."""
-    ranked = {f"{metric}@{k}" for metric in ("recall", "ndcg") for k in cutoffs}
-    filtered = {f"{part}_filtered/{name}" for name in ranked}
-    return filtered | {f"{prefix}/{name}" for prefix in (part, f"{part}_user_mean") for name in ranked | {"wpauc"}}
+    metrics = metrics_of(cutoffs, 0.0, 1.0)
+    filtered = {f"{part}_filtered/{name}" for name, metric in metrics.items() if not metric.of_full_list}
+    return filtered | {f"{prefix}/{name}" for prefix in (part, f"{part}_user_mean") for name in metrics}
 
 
 class Evaluation(nn.Module):
     """The metrics of one part of the rows, of full lists and of lists without the items that the user has seen.
-
-    The latter have no WPAUC: the window counts all negatives.
 
     Args:
         part: ``val`` or ``test``, the beginning of the logged names.
@@ -42,9 +39,10 @@ class Evaluation(nn.Module):
     def __init__(self, part: str, dial: Dial) -> None:
         super().__init__()
         self.dial = dial
-        self.full = nn.ModuleDict({f"{part}/{name}": metric for name, metric in metrics_of(dial).items()})
+        full, filtered = (metrics_of(dial.cutoffs, dial.window.alpha, dial.window.d) for _ in range(2))
+        self.full = nn.ModuleDict({f"{part}/{name}": metric for name, metric in full.items()})
         self.filtered = nn.ModuleDict(
-            {f"{part}_filtered/{name}": metric for name, metric in metrics_of(dial).items() if name != "wpauc"}
+            {f"{part}_filtered/{name}": metric for name, metric in filtered.items() if not metric.of_full_list}
         )
 
     def metrics(self) -> dict[str, RowMean]:

@@ -12,7 +12,10 @@ from lightning.pytorch import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
+import recsys.evaluation
 from recsys.data import PromptTemplate
+from recsys.functional import Place
+from recsys.metrics.ranking import RowMean
 from recsys.module import Recommender
 from recsys.objectives import GRPO, SoftmaxDPO, SupervisedFineTuning, TAWin
 from recsys.policy import LLMPolicy, Lora, TinyPolicy
@@ -406,6 +409,25 @@ def test_filtered_metrics_leave_out_what_the_user_has_seen(tables, tmp_path: Pat
     assert any(histories.seen(batch.row.numpy(), batch.target[:, None].numpy()).any() for batch, _, _ in outputs)
     assert logged["val_filtered/recall@5"] == pytest.approx(sum(recalls) / len(recalls))
     assert logged["val_filtered/ndcg@5"] == pytest.approx(sum(ndcgs) / len(ndcgs))
+
+
+def test_a_metric_is_added_in_one_place(tables, tmp_path: Path, monkeypatch, capsys) -> None:
+    class MRR(RowMean):
+        def place_values(self, place: Place, num_negatives: int | torch.Tensor | None) -> torch.Tensor:
+            return 1 / place.rank
+
+    shipped = recsys.evaluation.metrics_of
+    monkeypatch.setattr(recsys.evaluation, "metrics_of", lambda *a: {**shipped(*a), "mrr": MRR("MRR")})
+    run = Run(tables, tmp_path, max_epochs=1)
+    run.checkpoint.monitor = "val/mrr"
+    run.fit()
+    events = EventAccumulator(run.trainer.log_dir).Reload()
+    assert {"val/mrr", "val_filtered/mrr", "val_user_mean/mrr"} <= set(events.Tags()["scalars"])
+    last = run.report.validations[-1]
+    rows = pd.read_parquet(Path(run.trainer.log_dir) / "ranks" / f"step{last.step}.parquet")
+    assert rows["mrr"].to_numpy() == pytest.approx(1 / rows["rank"].to_numpy())
+    assert events.Scalars("val/mrr")[-1].value == pytest.approx(rows["mrr"].mean(), rel=1e-5)
+    assert " MRR " in capsys.readouterr().out
 
 
 def test_two_processes_validate_as_one(tables, tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ class RowMean(Metric):
     full_state_update = False
     plot_lower_bound = 0.0
     plot_upper_bound = 1.0
+    of_full_list = False  # whether it counts all negatives, so that it says nothing of a list with items left out
 
     count: Tensor  # [] int64, rows seen
 

@@ -30,6 +30,8 @@ class WPAUC(RowMean):
         0.5
     """
 
+    of_full_list = True
+
     def __init__(self, alpha: float, d: float, **kwargs: object) -> None:
         window_bounds(alpha, d, 1)  # refuse a wrong window now, not at the first batch
         super().__init__(f"WPAUC({alpha}, {d})", **kwargs)

@@ -29,7 +29,7 @@ def closing_table(validations: list[Validation], dial: Dial, resamples: int) -> 
     last_of_phase = {v.phase: v for v in validations}
     shown = list(last_of_phase.values())
     at_k = f"recall@{dial.window.k}"
-    names = [f"recall@{k}" for k in dial.cutoffs] + [f"ndcg@{k}" for k in dial.cutoffs] + ["wpauc"]
+    names = [n for n in shown[-1].metrics if not n.startswith(FILTERED)]
     names = [n for n in names if all(n in v.values for v in shown)]  # a resumed run may have other cut-offs
     trained = {p: sum(v.train_seconds for v in validations if v.phase == p) for p in last_of_phase}
     validated = {p: sum(v.seconds for v in validations if v.phase == p) for p in last_of_phase}
