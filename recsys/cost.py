@@ -22,7 +22,7 @@ from callbacks.beam_negatives import BeamNegatives
 from recsys.data import BatchDataset, HistoryDataModule, plan_batches
 from recsys.groups import Groups
 from recsys.module import Recommender
-from recsys.objectives import GroupObjective, Objective
+from recsys.objectives import Objective
 from recsys.types import Batch, UserError
 
 SAMPLE = 3  # batches of each kind of work that are done, beside the largest
@@ -32,7 +32,8 @@ SAMPLE = 3  # batches of each kind of work that are done, beside the largest
 class Work:
     """Work of one kind, of all processes together."""
 
-    do: Callable[[Batch], object]
+    do: Callable[[Batch, Groups | None], object]
+    grouped: bool = False  # whether it needs the batch's groups, which are found apart
     steps: int = 0  # of the optimiser, which all processes take together
     batches: list[np.ndarray] = field(default_factory=list)  # row ids of each; a batch done twice stands here twice
     token_rows: float = 0.0
@@ -71,10 +72,10 @@ class RunCost:
         self.negatives = next(found, BeamNegatives())
         self.processes = trainer.num_devices * trainer.num_nodes
         self.work = {
-            "supervised steps": Work(lambda batch: self._step(batch, model.warm_start or model.objective)),
-            "search for negatives": Work(self._search),
-            "policy steps": Work(lambda batch: self._step(batch, model.objective)),
-            "validation": Work(model.rank),
+            "supervised steps": Work(lambda *args: self._step(model.warm_start or model.objective, *args)),
+            "search for negatives": Work(lambda batch, _: self._search(batch)),
+            "policy steps": Work(lambda *args: self._step(model.objective, *args), grouped=True),
+            "validation": Work(lambda batch, _: model.rank(batch)),
         }
         self._plan()
         for work in self.work.values():
@@ -119,25 +120,28 @@ class RunCost:
         """Do the largest batch and some others, and reckon from these by the tokens of their prompts."""
         if not work.batches:
             return
-        device, engine = self.trainer.strategy.root_device, self.model.engine
+        device = self.trainer.strategy.root_device
         tokens = np.array([self._prompt_tokens(batch) for batch in work.batches])
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         self._do(work, int(tokens.argmax()))  # not counted: libraries warm up
         some = list(range(0, len(tokens), -(-len(tokens) // SAMPLE)))
-        before, began = engine.token_rows, time.perf_counter()
-        for place in some:
-            self._do(work, place)
+        rows, seconds = np.sum([self._do(work, place) for place in some], axis=0)
         share = tokens[some].sum() / tokens.sum()
-        work.seconds = (time.perf_counter() - began) / share / self.processes
-        work.token_rows = (engine.token_rows - before) / share
+        work.token_rows, work.seconds = rows / share, seconds / share / self.processes
         work.memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _process_peak()
 
-    def _do(self, work: Work, place: int) -> None:
-        device = self.trainer.strategy.root_device
-        work.do(BatchDataset(self.data.histories, self.data.encoder, [work.batches[place]])[0].to(device))
+    def _do(self, work: Work, place: int) -> tuple[int, float]:
+        """Do one batch; return its token rows and seconds."""
+        device, engine = self.trainer.strategy.root_device, self.model.engine
+        batch = BatchDataset(self.data.histories, self.data.encoder, [work.batches[place]])[0].to(device)
+        batch = batch[batch.row.argsort()]
+        groups = self._groups(batch) if work.grouped else None
+        before, began = engine.token_rows, time.perf_counter()
+        work.do(batch, groups)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
+        return engine.token_rows - before, time.perf_counter() - began
 
     def _prompt_tokens(self, batch: np.ndarray) -> int:
         rows = np.where(batch < 0, ~batch, batch)  # a row below 0 fills up the batch, see :func:`plan_batches`
@@ -148,11 +152,10 @@ class RunCost:
     @torch.no_grad()
     def _groups(self, batch: Batch) -> Groups:
         """Find the groups of a batch as a refresh does, so many rows at a time."""
-        batch, size = batch[batch.row.argsort()], self.negatives.batch_size
         generator = torch.Generator(batch.row.device)
         self.model.eval()
-        parts = [batch[rows] for rows in torch.arange(len(batch), device=batch.row.device).split(size)]
-        found = [self.negatives.groups_of(self.model, part, generator) for part in parts]
+        rows = torch.arange(len(batch), device=batch.row.device).split(self.negatives.batch_size)
+        found = [self.negatives.groups_of(self.model, batch[part], generator) for part in rows]
         self.model.train()
         items, logprobs = (torch.cat([part[column] for part in found]) for column in (0, 1))
         return Groups(batch.row, items, logprobs, logprobs.clone())
@@ -164,13 +167,10 @@ class RunCost:
         if getattr(self.model.objective, "needs_reference", False):
             engine.score(engine.prefill(batch.tokens, batch.length), groups.items)
 
-    def _step(self, batch: Batch, objective: Objective) -> None:
+    def _step(self, objective: Objective, batch: Batch, groups: Groups | None) -> None:
         """Take an optimiser step at a learning rate of 0."""
-        groups, rows = None, self.model.engine.token_rows
-        if isinstance(objective, GroupObjective):
-            groups = self._groups(batch)
+        if groups is not None:
             groups.old_logprobs[:, 0] = 0.0  # every positive counts as found, so that its group is trained
-            self.model.engine.token_rows = rows  # the search is counted apart
         objective.step(self.model.engine, batch, groups, self.model.dial.window)["loss"].backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
