@@ -101,8 +101,8 @@ class RankingReport(Callback):
         row, items = values.pop("row"), values.pop("items")
         phase = "start"
         if not trainer.sanity_checking and trainer.state.fn == "fit":
-            warm = trainer.current_epoch < module.warm_start_epochs
-            phase = "warm start" if warm else type(module.objective).__name__
+            objective = module.phase_at(trainer.current_epoch).objective
+            phase = "warm start" if objective is module.warm_start else type(objective).__name__
         result = Validation(
             phase=phase,
             step=trainer.global_step,
