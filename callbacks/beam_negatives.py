@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -13,17 +14,18 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from tqdm import tqdm
 
-from recsys.engine import PromptCache, TreeEngine
+from recsys.functional import sample_outside
 from recsys.groups import Groups, GroupSource
 from recsys.module import Recommender
 from recsys.objectives import GroupObjective
-from recsys.search import beam_search
+from recsys.search import Ranking, Wanted, best_first_search
+from recsys.tree import Places
 from recsys.trie import Trie
 from recsys.types import Batch, UserError
 
 
 class BeamNegatives(GroupSource):
-    """Refreshes the group (the positive and n negatives) of each row that an epoch trains on.
+    """Refreshes the group (the positive and n negatives) of each row that is about to be trained on.
 
     The positive is never among its own negatives, nor is an item with the same title. Groups are kept with their
     log-probabilities under the policy that made them, travel in checkpoints, and are made by all processes together.
@@ -32,8 +34,9 @@ class BeamNegatives(GroupSource):
         count: n, negatives of a group; null takes so many that they reach beyond the window.
         mode: ``beam`` takes the policy's best items, ``random`` uniform ones, ``mixed`` half and half.
         every_n_epochs: Epochs between refreshes.
-        every_n_steps: Refresh also within an epoch, after so many optimiser steps; null for never.
-        batch_size: Rows searched together.
+        every_n_steps: Optimiser steps between refreshes, each of the rows up to the next one; 1 has every step learn
+            from the policy's own negatives of that moment. Null refreshes the rows of whole epochs.
+        batch_size: Stretches searched together; every row in one is a search of its own.
     """
 
     def __init__(
@@ -48,6 +51,8 @@ class BeamNegatives(GroupSource):
         for name, value in (numbers | {"batch_size": batch_size}).items():
             if value is not None and value < 1:
                 raise UserError(f"negatives.{name} must be at least 1, but it is {value}")
+        if every_n_steps is not None and every_n_epochs != 1:
+            raise UserError("negatives.every_n_epochs and every_n_steps: set one of them, and every_n_epochs back to 1")
         self.count = count
         self.best_share = {"beam": 1.0, "random": 0.0, "mixed": 0.5}[mode]
         self.every_n_epochs = every_n_epochs
@@ -66,34 +71,31 @@ class BeamNegatives(GroupSource):
     def on_train_batch_start(  # type: ignore[override]
         self, trainer: Trainer, pl_module: Recommender, batch: Batch, batch_idx: int
     ) -> None:
-        """Refresh the rows of the epochs up to the next refresh, before an epoch's first batch.
+        """Refresh the rows of the batches up to the next refresh.
 
         Not at the epoch's start: Lightning leaves that out when it resumes from behind the last batch of an epoch.
         """
-        if batch_idx == 0 and len(rows := self.due(pl_module, trainer.current_epoch)):
-            self.refresh(trainer, pl_module, rows, 0)
+        stretches = self.due(trainer, pl_module, trainer.current_epoch, batch_idx)
+        if len(stretches):
+            self.refresh(trainer, pl_module, stretches, batch_idx)
 
-    def due(self, module: Recommender, epoch: int) -> np.ndarray:
-        """Return the rows ``[R]`` to refresh at the start of an epoch, none if it goes on with the groups it finds."""
-        phase = module.phase_at(epoch)
-        if phase.supervised or (epoch - phase.start) % self.every_n_epochs:
+    def due(self, trainer: Trainer, module: Recommender, epoch: int, batch_idx: int) -> np.ndarray:
+        """Return the stretches ``[S]`` whose rows are refreshed before a batch, none if it has its groups already."""
+        phase, data = module.phase_at(epoch), module.data
+        epoch -= phase.start
+        every = (self.every_n_steps or 0) * trainer.accumulate_grad_batches
+        if phase.supervised or (batch_idx % every if every else batch_idx or epoch % self.every_n_epochs):
             return np.empty(0, dtype=np.int64)
-        epochs = range(epoch - phase.start, epoch - phase.start + self.every_n_epochs)
-        return np.unique(np.concatenate([module.data.train_rows(e) for e in epochs]))
-
-    def on_train_batch_end(  # type: ignore[override]
-        self, trainer: Trainer, pl_module: Recommender, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
-        """Refresh the present rows every n steps."""
-        due = self.every_n_steps and (batch_idx + 1) % (self.every_n_steps * trainer.accumulate_grad_batches) == 0
-        if due and self.groups is not None and batch_idx + 1 < trainer.num_training_batches:
-            self.refresh(trainer, pl_module, self.groups.row.cpu().numpy(), batch_idx + 1)
+        if every:
+            return data.coming(epoch, False, trainer.world_size, slice(batch_idx, batch_idx + every))
+        epochs = range(epoch, epoch + self.every_n_epochs)
+        return np.unique(np.concatenate([data.stretches(e, supervised=False) for e in epochs]))
 
     # ---- what -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def refresh(self, trainer: Trainer, module: Recommender, rows: np.ndarray, batch_idx: int) -> None:
-        """Make the groups of ``rows`` under the present policy, and log time, recall of positives and overlap.
+    def refresh(self, trainer: Trainer, module: Recommender, stretches: np.ndarray, batch_idx: int) -> None:
+        """Make the groups of ``stretches`` under the present policy, and log time, recall of positives and overlap.
 
         ``batch_idx`` batches of the epoch are done; with the epoch's place in its phase it determines what is drawn.
         """
@@ -103,74 +105,75 @@ class BeamNegatives(GroupSource):
         generator = torch.Generator(module.device)
         generator.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
         module.eval()
-        parts = []
-        for batch in self._batches(trainer, module, rows, "negatives"):
-            parts.append((batch.row, *self.groups_of(module, batch, generator)))
-        row, items, logprobs, found = _gathered(trainer, parts)
+        found = [
+            self.groups_of(module, batch, generator) for batch in self._batches(trainer, module, stretches, "negatives")
+        ]
+        columns = [(part.groups.row, part.groups.items, part.groups.old_logprobs) for part in found]
+        row, items, logprobs = _gathered(trainer, columns)
         groups = Groups(row, items, logprobs, None)
         if isinstance(phase.objective, GroupObjective) and phase.objective.needs_reference:
-            groups.ref_logprobs = self._reference(trainer, module, groups)
+            groups.ref_logprobs = self._reference(trainer, module, groups, stretches)
         module.train()
 
-        log = {"seconds": time.perf_counter() - began, "rows": float(len(groups.row))}
+        counts = torch.tensor([(part.rows, part.found) for part in found], device=module.device).sum(0)
+        rows, hits = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+        log = {"seconds": time.perf_counter() - began, "rows": rows, "groups": len(groups.row)}
         if self.best_share:
-            log["positive_found"] = found.float().mean().item()
+            log["positive_found"] = hits / rows
         if self.groups is not None and (overlap := _overlap(self.groups, groups)) is not None:
             log["overlap"] = overlap
         for logger in trainer.loggers:
-            logger.log_metrics({f"negatives/{name}": value for name, value in log.items()}, step=trainer.global_step)
+            named = {f"negatives/{name}": float(value) for name, value in log.items()}
+            logger.log_metrics(named, step=trainer.global_step)
         self.groups = module.groups = groups
 
-    def groups_of(self, module: Recommender, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the items and scores ``[B, G]`` of a batch's groups, and whether the search found the positive."""
-        engine, target = module.engine, batch.target[:, None]
-        prompt = engine.prefill(batch.tokens, batch.length)
-        count = module.dial.group_negatives
-        best, best_scores, found = self._best(engine, prompt, target, math.ceil(count * self.best_share))
-        drawn = self._draw(engine.trie, target, best, count - best.shape[1], generator)
-        scores = engine.score(prompt, torch.cat([target, drawn], 1))  # the search has those of the best
+    def groups_of(self, module: Recommender, batch: Batch, generator: torch.Generator) -> FoundGroups:
+        """Find the groups of a batch's rows that the module's objective trains."""
+        engine, objective, count = module.engine, module.objective, module.dial.group_negatives
+        assert isinstance(objective, GroupObjective)
+        chosen = (batch.event >= 0) & (batch.row >= 0)[:, None]
+        prompt, places = engine.prefill(batch.tokens), Places.at(chosen, batch.start)
+        row, target = batch.event[chosen], batch.titles[chosen][:, None]
+        positive = engine.head.title_logprobs(prompt.hidden, batch.titles, batch.start)[chosen][:, None]
+        rows, found = len(row), 0
+        best, best_scores = target[:, :0], positive[:, :0]
+        if most := math.ceil(count * self.best_share):
+            limits = objective.trained_ranks(module.dial.window, count) if most == count else None
+            wanted = None if limits is None else Wanted(positive[:, 0], *limits)
+            ranking = best_first_search(engine, prompt, places, most + 1, wanted)
+            kept = ranking.valid.any(1)
+            row, target, positive, places = row[kept], target[kept], positive[kept], places[kept]
+            best, best_scores, hits = _others(engine.trie, ranking[kept], target, most)
+            found = int(hits.sum())
+        drawn = target[:, :0]
+        if best.shape[1] < count:
+            excluded = torch.cat([engine.trie.same_title(target[:, 0]), best], 1)
+            drawn = sample_outside(excluded, engine.trie.num_items, count - best.shape[1], generator)
         items = torch.cat([target, best, drawn], 1)
-        return items, torch.cat([scores[:, :1], best_scores, scores[:, 1:]], 1), found
+        logprobs = torch.cat([positive, best_scores, engine.score(prompt, places, drawn)], 1)
+        return FoundGroups(
+            Groups(row, items, logprobs, None)[objective.trains(logprobs, module.dial.window)], rows, found
+        )
 
-    def _best(
-        self, engine: TreeEngine, prompt: PromptCache, target: Tensor, count: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the policy's best negatives ``[B, count]``, their scores, and whether it found the positive."""
-        trie, none = engine.trie, target[:, :0]
-        if not count:
-            return none, none.float(), none.any(1)
-        ranking = beam_search(engine, prompt, count + trie.max_duplicates)
-        found = ((ranking.items == target) & ranking.valid).any(1)
-        other = ranking.valid & (trie.leaf[ranking.items] != trie.leaf[target])
-        place = other.int().argsort(dim=1, descending=True, stable=True)[:, :count]
-        return ranking.items.gather(1, place), ranking.scores.gather(1, place), found
-
-    def _draw(self, trie: Trie, target: Tensor, best: Tensor, count: int, generator: torch.Generator) -> Tensor:
-        """Return uniform negatives that are not among the best, ``[B, count]``."""
-        if not count:
-            return target[:, :0]
-        key = torch.rand(len(target), trie.num_items, device=target.device, generator=generator)
-        key = key.masked_fill(trie.leaf == trie.leaf[target], -1).scatter(1, best, -1.0)
-        return key.topk(count).indices
-
-    def _reference(self, trainer: Trainer, module: Recommender, groups: Groups) -> Tensor:
+    def _reference(self, trainer: Trainer, module: Recommender, groups: Groups, stretches: np.ndarray) -> Tensor:
         """Return the groups' log-probabilities ``[R, G]`` under the policy at the first refresh."""
         if self.start is None:
             self.start = module.policy.snapshot()
             return groups.old_logprobs.clone()
         parts = []
         with module.policy.using(self.start):
-            for batch in self._batches(trainer, module, groups.row.cpu().numpy(), "reference"):
-                prompt = module.engine.prefill(batch.tokens, batch.length)
-                scores = module.engine.score(prompt, groups.items[groups.find(batch.row.clamp(min=0))])
-                parts.append((batch.row, scores))
-        _, scores = _gathered(trainer, parts)
-        return scores
+            for batch in self._batches(trainer, module, stretches, "reference"):
+                index, grouped = groups.find(batch.event)
+                grouped &= (batch.event >= 0) & (batch.row >= 0)[:, None]
+                places = Places.at(grouped, batch.start)
+                scores = module.engine.score(module.engine.prefill(batch.tokens), places, groups.items[index[grouped]])
+                parts.append((batch.event[grouped], scores))
+        return _gathered(trainer, parts)[1]
 
-    def _batches(self, trainer: Trainer, module: Recommender, rows: np.ndarray, title: str) -> Iterable[Batch]:
-        loader = module.data.batches(rows, self.batch_size, None, trainer.global_rank, trainer.world_size)
+    def _batches(self, trainer: Trainer, module: Recommender, stretches: np.ndarray, title: str) -> Iterable[Batch]:
+        loader = module.data.batches(stretches, self.batch_size, False, trainer.global_rank, trainer.world_size)
         shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
-        for batch in tqdm(loader, desc=title, leave=False, disable=not shown):
+        for batch in tqdm(loader, desc=title, leave=False, disable=not shown or len(loader) == 1):
             yield batch.to(module.device)
 
     # ---- checkpoints ------------------------------------------------------------------------------------------
@@ -185,20 +188,41 @@ class BeamNegatives(GroupSource):
         self.start = state_dict["start"]
 
 
+@dataclass
+class FoundGroups:
+    """What the search among a batch's rows gave."""
+
+    groups: Groups  # of the rows whose groups are trained
+    rows: int
+    found: int  # rows whose positive the search found
+
+
+def _others(trie: Trie, ranking: Ranking, target: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the best negatives ``[R, count]`` of lists, their scores, and whether the positive is listed ``[R]``."""
+    found = ((ranking.items == target) & ranking.valid).any(1)
+    other = ranking.valid & (trie.leaf[ranking.items] != trie.leaf[target])
+    place = other.int().argsort(dim=1, descending=True, stable=True)[:, :count]
+    return ranking.items.gather(1, place), ranking.scores.gather(1, place), found
+
+
 def _gathered(trainer: Trainer, parts: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
-    """Join the columns of batches, equally many on every process, and sort by the first, the row; drops fillers."""
-    columns = [trainer.strategy.all_gather(torch.cat(column)) for column in zip(*parts, strict=True)]
-    if trainer.world_size > 1:
-        columns = [column.flatten(0, 1) for column in columns]
-    order = columns[0].argsort()[(columns[0] < 0).sum() :]
+    """Join the columns of batches, those of all processes, and sort by the first, the row."""
+    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
+    if trainer.world_size > 1:  # processes find unequally many
+        gather = trainer.strategy.all_gather
+        count = gather(torch.tensor(len(columns[0]), device=columns[0].device)).tolist()
+        for place, column in enumerate(columns):
+            padding = column.new_zeros(max(count) - len(column), *column.shape[1:])
+            every = gather(torch.cat([column, padding]))
+            columns[place] = torch.cat([part[:n] for part, n in zip(every, count, strict=True)])
+    order = columns[0].argsort()
     return [column[order] for column in columns]
 
 
 def _overlap(old: Groups, new: Groups) -> float | None:
     """Return the share of negatives that the rows in both had before, or None if no row is in both."""
-    index = torch.searchsorted(old.row, new.row).clamp(max=len(old.row) - 1)
-    both = old.row[index] == new.row
+    index, both = old.find(new.row)
     if not both.any() or old.items.shape[1] != new.items.shape[1]:
         return None
     before, after = old.items[index[both], 1:], new.items[both, 1:]
-    return torch.stack([torch.isin(a, b).float().mean() for a, b in zip(after, before, strict=True)]).mean().item()
+    return (after[:, :, None] == before[:, None]).any(2).float().mean().item()

@@ -13,13 +13,14 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 from lightning.pytorch import Trainer
 
 from callbacks.beam_negatives import BeamNegatives
-from recsys.data import BatchDataset, HistoryDataModule, plan_batches
+from recsys.data import HistoryDataModule, plan_batches
 from recsys.groups import Groups
 from recsys.module import Recommender
 from recsys.objectives import Objective
@@ -32,6 +33,7 @@ SAMPLE = 3  # batches of each kind of work that are done, beside the largest
 class Work:
     """Work of one kind, of all processes together."""
 
+    supervised: bool | None  # of the phase that it trains; None for evaluation
     do: Callable[[Batch, Groups | None], object]
     grouped: bool = False  # whether it needs the batch's groups, which are found apart
     steps: int = 0  # of the optimiser, which all processes take together
@@ -44,8 +46,7 @@ class Work:
 class RunCost:
     """Goes through what ``trainer.fit(model, data)`` would do from its beginning to ``max_epochs``.
 
-    The trainer's ``max_steps``, ``max_time`` and ``val_check_interval`` are not considered. Policy steps are measured
-    with every group trained, also those that an objective would skip: an upper bound.
+    The trainer's ``max_steps``, ``max_time`` and ``val_check_interval`` are not considered.
 
     Args:
         trainer: Its callbacks, limits and numbers of devices and nodes are read.
@@ -72,49 +73,48 @@ class RunCost:
         self.negatives = next(found, BeamNegatives())
         self.processes = trainer.num_devices * trainer.num_nodes
         self.work = {
-            "supervised steps": Work(lambda *args: self._step(model.warm_start or model.objective, *args)),
-            "search for negatives": Work(lambda batch, _: self._search(batch)),
-            "policy steps": Work(lambda *args: self._step(model.objective, *args), grouped=True),
-            "validation": Work(lambda batch, _: model.rank(batch)),
+            "supervised steps": Work(True, lambda *args: self._step(model.warm_start or model.objective, *args)),
+            "search for negatives": Work(False, lambda batch, _: self._search(batch)),
+            "policy steps": Work(False, lambda *args: self._step(model.objective, *args), grouped=True),
+            "validation": Work(None, lambda batch, _: model.rank(batch)),
         }
         self._plan()
         for work in self.work.values():
             self._measure(work)
 
-    def _batches(self, rows: np.ndarray, size: int, seed: list[int] | None, limit: float = 1.0) -> list[np.ndarray]:
+    def _batches(self, plan: Callable[[int], list[np.ndarray]], limit: float = 1.0) -> list[np.ndarray]:
         """Return the batches of all processes, as many as the trainer's limit leaves."""
-        lengths = self.data.encoder.lengths(self.data.histories, rows)
-        plans = [plan_batches(rows, lengths, size, seed, rank, self.processes) for rank in range(self.processes)]
+        plans = [plan(rank) for rank in range(self.processes)]
         count = limit if isinstance(limit, int) else int(limit * len(plans[0]))
-        return [batch for plan in plans for batch in plan[:count]]
+        return [batch for each in plans for batch in each[:count]]
+
+    def _in_order(self, rows: np.ndarray, size: int, answers: bool) -> Callable[[int], list[np.ndarray]]:
+        lengths = self.data.encoder.lengths(self.data.histories, rows, answers)
+        return lambda rank: plan_batches(rows, lengths, size, None, rank, self.processes)
 
     def _plan(self) -> None:
         """Lay out the batches of all epochs."""
         trainer, data = self.trainer, self.data
-        validation = self._batches(data.evaluation_rows("val"), data.eval_batch_size, None, trainer.limit_val_batches)
+        held_out = self._in_order(data.evaluation_rows("val"), data.eval_batch_size, False)
+        validation = self._batches(held_out, trainer.limit_val_batches)
         checked = int(min(trainer.num_sanity_val_steps, len(validation) // self.processes)) * self.processes
         self.work["validation"].batches += validation[:checked]
         for epoch in range(trainer.max_epochs or 0):
             phase = self.model.phase_at(epoch)
             work = self.work["supervised steps" if phase.supervised else "policy steps"]
-            drawn = data.training(epoch - phase.start, phase.supervised)
-            batches = self._batches(*drawn, trainer.limit_train_batches)
+            within = epoch - phase.start
+            plan = partial(data.plan, within, phase.supervised, world_size=self.processes)
+            batches = self._batches(plan, trainer.limit_train_batches)
             work.batches += batches
             each = len(batches) // self.processes
             work.steps += -(-each // trainer.accumulate_grad_batches)
             if (epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0:
                 self.work["validation"].batches += validation
-            if phase.supervised:
-                continue
-            due = self.negatives.due(self.model, epoch)
-            refreshes = int(len(due) > 0)
-            if self.negatives.every_n_steps:
-                refreshes += (each - 1) // (self.negatives.every_n_steps * trainer.accumulate_grad_batches)
-                due = due if len(due) else data.train_rows(epoch - phase.start)
-            if refreshes:
-                self.work["search for negatives"].batches += refreshes * self._batches(
-                    due, self.negatives.batch_size, None
-                )
+            for batch in range(each):
+                due = self.negatives.due(trainer, self.model, epoch, batch)
+                if len(due):
+                    searched = self._batches(self._in_order(due, self.negatives.batch_size, True))
+                    self.work["search for negatives"].batches += searched
 
     def _measure(self, work: Work) -> None:
         """Do the largest batch and some others, and reckon from these by the tokens of their prompts."""
@@ -134,8 +134,7 @@ class RunCost:
     def _do(self, work: Work, place: int) -> tuple[int, float]:
         """Do one batch; return its token rows and seconds."""
         device, engine = self.trainer.strategy.root_device, self.model.engine
-        batch = BatchDataset(self.data.histories, self.data.encoder, [work.batches[place]])[0].to(device)
-        batch = batch[batch.row.argsort()]
+        batch = self.data.dataset([work.batches[place]], work.supervised)[0].to(device)
         groups = self._groups(batch) if work.grouped else None
         before, began = engine.token_rows, time.perf_counter()
         work.do(batch, groups)
@@ -151,26 +150,23 @@ class RunCost:
 
     @torch.no_grad()
     def _groups(self, batch: Batch) -> Groups:
-        """Find the groups of a batch as a refresh does, so many rows at a time."""
-        generator = torch.Generator(batch.row.device)
+        """Find the groups of a batch as a refresh does."""
         self.model.eval()
-        rows = torch.arange(len(batch), device=batch.row.device).split(self.negatives.batch_size)
-        found = [self.negatives.groups_of(self.model, batch[part], generator) for part in rows]
+        found = self.negatives.groups_of(self.model, batch, torch.Generator(batch.row.device)).groups
         self.model.train()
-        items, logprobs = (torch.cat([part[column] for part in found]) for column in (0, 1))
-        return Groups(batch.row, items, logprobs, logprobs.clone())
+        order = found.row.argsort()
+        logprobs = found.old_logprobs[order]
+        return Groups(found.row[order], found.items[order], logprobs, logprobs.clone())
 
     @torch.no_grad()
     def _search(self, batch: Batch) -> None:
-        """Find groups, and score them under the reference policy where the objective reads it."""
-        groups, engine = self._groups(batch), self.model.engine
+        """Find groups, and run the prompts under the reference policy where the objective reads it."""
+        self._groups(batch)
         if getattr(self.model.objective, "needs_reference", False):
-            engine.score(engine.prefill(batch.tokens, batch.length), groups.items)
+            self.model.engine.prefill(batch.tokens)
 
     def _step(self, objective: Objective, batch: Batch, groups: Groups | None) -> None:
         """Take an optimiser step at a learning rate of 0."""
-        if groups is not None:
-            groups.old_logprobs[:, 0] = 0.0  # every positive counts as found, so that its group is trained
         objective.step(self.model.engine, batch, groups, self.model.dial.window)["loss"].backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -198,7 +194,7 @@ class RunCost:
         memory = "of the device" if device.type == "cuda" else "of this process"
         text.append(
             f"Measured on {device}, the largest batch of each kind first; memory {memory}, token rows of "
-            f"{self.processes} process(es). Policy steps train every group: an upper bound."
+            f"{self.processes} process(es). What a search finds, and so its cost, changes while the policy learns."
         )
         return "\n".join(text)
 

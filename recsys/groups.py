@@ -11,28 +11,29 @@ from torch import Tensor
 
 @dataclass
 class Groups:
-    """The groups of R rows, as last refreshed. G = 1 + n items each."""
+    """The groups of R rows, as last refreshed, G = 1 + n items each; a row that would not be trained has none."""
 
-    row: Tensor  # [R] int64, ascending row ids
+    row: Tensor  # [R] int64, ascending event indices
     items: Tensor  # [R, G] int64, the positive first
     old_logprobs: Tensor  # [R, G] float32, log-probabilities under the policy that made the groups
     ref_logprobs: Tensor | None  # [R, G] float32, under the policy at the start of the phase, if a loss reads them
+
+    def __getitem__(self, index: Tensor) -> Groups:
+        """Return some groups, ``[R]`` bool or int64 ascending."""
+        reference = None if self.ref_logprobs is None else self.ref_logprobs[index]
+        return Groups(self.row[index], self.items[index], self.old_logprobs[index], reference)
 
     def to(self, device: torch.device) -> Groups:
         """Move every field to ``device``."""
         reference = None if self.ref_logprobs is None else self.ref_logprobs.to(device)
         return Groups(self.row.to(device), self.items.to(device), self.old_logprobs.to(device), reference)
 
-    def find(self, row: Tensor) -> Tensor:
-        """Return the index ``[B]`` of each row id.
-
-        Raises:
-            KeyError: if a row has no group.
-        """
-        index = torch.searchsorted(self.row, row).clamp(max=len(self.row) - 1)
-        if bool((self.row[index] != row).any()):
-            raise KeyError(f"row {row[self.row[index] != row][0].item()} has no negatives")
-        return index
+    def find(self, row: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the index of each row id, and whether it has a group, both of the shape of ``row``."""
+        if not len(self.row):
+            return torch.zeros_like(row), torch.zeros_like(row, dtype=torch.bool)
+        index = torch.searchsorted(self.row, row.contiguous()).clamp(max=len(self.row) - 1)
+        return index, self.row[index] == row
 
 
 class GroupSource(Callback):

@@ -97,34 +97,34 @@ class TrieHead:
         return before, (path >= 0) & self.predicts(before.clamp(min=0))
 
     def item_logprobs(self, tree: TokenTree, hidden: Tensor) -> Tensor:
-        """Return the scores ``[B, G]`` of the tree's items from the hidden states ``[B, 1 + N, H]`` at its slots."""
+        """Return the scores ``[P, G]`` of the trees' items from the hidden states ``[P, 1 + N, H]`` at their slots."""
         before, edge = self._edges(tree.path)
-        slot = tree.slot_of(torch.where(edge, before, 0).flatten(1))  # [B, G * D]
+        slot = tree.slot_of(torch.where(edge, before, 0).flatten(1))  # [P, G * D]
 
-        node = torch.nn.functional.pad(tree.node, (1, 0))  # [B, 1 + N], trie node of each slot
+        node = torch.nn.functional.pad(tree.node, (1, 0))  # [P, 1 + N], trie node of each slot
         used = (node < len(self.trie)) & self.predicts(node.clamp(max=len(self.trie) - 1))
         row = used.flatten().cumsum(0).view(used.shape) - 1  # rows of the head, only where something is predicted
-        user, item, _ = edge.nonzero(as_tuple=True)
+        place, item, _ = edge.nonzero(as_tuple=True)
         flat = edge.flatten(1)
         logprobs = self._edge_logprobs(hidden[used], node[used], row.gather(1, slot)[flat], tree.path[edge])
         scores = logprobs.new_zeros(tree.path.shape[:2])
-        return scores.index_put((user, item), logprobs, accumulate=True)
+        return scores.index_put((place, item), logprobs, accumulate=True)
 
-    def history_logprobs(self, hidden: Tensor, history: Tensor, start: Tensor) -> Tensor:
+    def title_logprobs(self, hidden: Tensor, titles: Tensor, start: Tensor) -> Tensor:
         """Score the titles inside the prompts, each given all that precedes it.
 
         Args:
             hidden: ``[B, L, H]`` of the prompts.
-            history: ``[B, C]`` catalogue indices, -1 = none.
+            titles: ``[B, C]`` catalogue indices, -1 = none.
             start: ``[B, C]`` position of each title's first token.
 
         Returns:
             Scores ``[B, C]``, 0 where there is no title.
         """
-        path = self.trie.paths(history.clamp(min=0))  # [B, C, D]
+        path = self.trie.paths(titles.clamp(min=0))  # [B, C, D]
         before, edge = self._edges(path)
-        edge &= (history >= 0)[..., None]
+        edge &= (titles >= 0)[..., None]
         user, title, step = edge.nonzero(as_tuple=True)
         row = torch.arange(len(user), device=user.device)
         logprobs = self._edge_logprobs(hidden[user, start[user, title] - 1 + step], before[edge], row, path[edge])
-        return logprobs.new_zeros(history.shape).index_put((user, title), logprobs, accumulate=True)
+        return logprobs.new_zeros(titles.shape).index_put((user, title), logprobs, accumulate=True)

@@ -22,6 +22,7 @@ from recsys.objectives import GroupObjective, Objective, SupervisedFineTuning
 from recsys.phase import Phase
 from recsys.policy import Policy
 from recsys.search import Ranking, beam_search
+from recsys.tree import Places
 from recsys.trie import Trie
 from recsys.types import Batch, UserError
 from recsys.window import DEFAULT_CUTOFFS, DEFAULT_K, Dial, DialSettings, Window
@@ -237,10 +238,10 @@ class Recommender(lightning.LightningModule):
     @torch.no_grad()
     def rank(self, batch: Batch) -> Ranking:
         """Return the best items of each row."""
-        prompt = self.engine.prefill(batch.tokens, batch.length)
+        prompt, places = self.engine.prefill(batch.tokens), Places.ends(batch.length)
         if not self.exact:
-            return beam_search(self.engine, prompt, self.dial.list_length)
-        scores, items = self.engine.score_all(prompt).sort(dim=1, descending=True, stable=True)
+            return beam_search(self.engine, prompt, places, self.dial.list_length)
+        scores, items = self.engine.score_all(prompt, places).sort(dim=1, descending=True, stable=True)
         return Ranking(items, scores, torch.ones_like(items, dtype=torch.bool))
 
     def _evaluate(self, batch: Batch, part: str) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from recsys.functional import (
     tawin_advantages,
 )
 from recsys.groups import Groups
+from recsys.tree import Places
 from recsys.types import Batch, UserError
 from recsys.window import ResolvedWindow
 
@@ -42,8 +44,8 @@ class Objective:
 
         Args:
             engine: Of the policy that is trained.
-            batch: B stretches, or B rows that have their groups.
-            groups: None in a supervised phase.
+            batch: B stretches.
+            groups: Of the batch's rows; None in a supervised phase.
             window: The window of WPAUC.
 
         Returns:
@@ -67,7 +69,7 @@ class Objective:
 
 
 class SupervisedFineTuning(Objective):
-    """Negative log-likelihood of every title in a stretch of a user's history, in one pass.
+    """Negative log-likelihood of every title in a stretch, in one pass.
 
     Args:
         learning_rate: Peak learning rate of the phase.
@@ -81,26 +83,31 @@ class SupervisedFineTuning(Objective):
     def step(
         self, engine: TreeEngine, batch: Batch, groups: Groups | None, window: ResolvedWindow
     ) -> dict[str, Tensor]:
-        """Return the mean negative log-likelihood per title: those in the prompts, and the targets."""
-        scores, hidden = engine.forward(batch.tokens, batch.length, batch.target[:, None])
-        return {"loss": _title_nll(engine, batch, scores, hidden) / _titles(batch)}
+        """Return the mean negative log-likelihood per title."""
+        hidden = engine.hidden(batch.tokens)
+        return {"loss": _mean_nll(batch, engine.head.title_logprobs(hidden, batch.titles, batch.start))}
 
 
 @dataclass
 class ScoredGroups:
-    """Groups of B users with their scores; the positive stands in the first column."""
+    """R groups with their scores; the positive stands in the first column."""
 
-    scores: Tensor  # [B, G] log-probabilities under the current policy
-    old_logprobs: Tensor  # [B, G] the same under the policy that made the groups
-    ref_logprobs: Tensor | None  # [B, G] the same under the policy at the start of the phase, if the objective needs it
+    scores: Tensor  # [R, G] log-probabilities under the current policy
+    old_logprobs: Tensor  # [R, G] the same under the policy that made the groups
+    ref_logprobs: Tensor | None  # [R, G] the same under the policy at the start of the phase, if the objective needs it
     window: ResolvedWindow
 
     @property
     def relevance(self) -> Tensor:
-        """The positives, ``[B, G]`` bool."""
-        relevance = torch.zeros_like(self.scores, dtype=torch.bool)
-        relevance[:, 0] = True
-        return relevance
+        """The positives, ``[R, G]`` bool."""
+        return _positives(self.scores)
+
+
+def _positives(scores: Tensor) -> Tensor:
+    """Return which items of groups ``[R, G]`` are the positives: the first of each."""
+    positives = torch.zeros_like(scores, dtype=torch.bool)
+    positives[:, 0] = True
+    return positives
 
 
 class GroupObjective(Objective):
@@ -109,10 +116,10 @@ class GroupObjective(Objective):
     Args:
         learning_rate: Peak learning rate of the phase.
         train_missed: Train also the groups whose positive the search missed: it was below all of the negatives when
-            these were found. Without, such a group has no part in the loss but the anchor's, and its negatives cost
-            no pass through the model.
-        anchor_coef: Weight of the anchor, the mean negative log-likelihood per title over the titles in the prompt and
-            the positive; it keeps what supervised training learnt, from the pass that scores the group.
+            these were found. Without, such a row has no part in the loss but the anchor's, and its search ends as soon
+            as that is certain.
+        anchor_coef: Weight of the anchor, the mean negative log-likelihood per title over all titles of the stretches;
+            it keeps what supervised training learnt, from the pass that scores the groups.
     """
 
     windowed = False  # whether `loss` weighs negatives by their place in the window, so that they must be the best
@@ -123,44 +130,49 @@ class GroupObjective(Objective):
         self.train_missed = train_missed
         self.anchor_coef = self._not_negative("anchor_coef", anchor_coef)
 
-    def trains(self, old_logprobs: Tensor) -> Tensor:
-        """Return ``[B]`` bool: which groups are trained, from their ``old_logprobs [B, G]``."""
+    def trains(self, old_logprobs: Tensor, window: ResolvedWindow) -> Tensor:
+        """Return ``[R]`` bool: which groups are trained, from their ``old_logprobs [R, G]``."""
         found = old_logprobs[:, 0] >= old_logprobs[:, 1:].amin(1)
         return torch.ones_like(found) if self.train_missed else found
 
+    def trained_ranks(self, window: ResolvedWindow, count: int) -> tuple[int, int] | None:
+        """Return the fewest and the most negatives above the positive of a group that is trained; None for any.
+
+        ``count`` negatives, the policy's best, are in a group. A group beyond these limits is none that :meth:`trains`
+        would name.
+        """
+        return None if self.train_missed else (0, count - 1)
+
     def loss(self, groups: ScoredGroups) -> dict[str, Tensor]:
-        """Return the ``loss`` of each group, and under other names what is to be logged, each ``[B]``."""
+        """Return the ``loss`` of each group, and under other names what is to be logged, each ``[R]``."""
         raise NotImplementedError
 
     def step(
         self, engine: TreeEngine, batch: Batch, groups: Groups | None, window: ResolvedWindow
     ) -> dict[str, Tensor]:
-        """Return means over the whole batch, to which a group that is not trained adds nothing, and the anchor.
+        """Return means over the rows of the batch, to which one without a group adds nothing, and the anchor.
 
-        The negatives of such a group do not go through the model; with an anchor its prompt and positive do, in a
-        second pass. How many passes there are depends on the settings alone: processes that share a base make each
-        pass together, so a pass without rows of its own takes one of the others along, at a weight of 0.
+        One pass scores the titles in the stretches, the positives among them, and behind each positive's place the
+        negatives of its group. Without an anchor a stretch that has no group is left out.
         """
         assert groups is not None  # Recommender made sure of a GroupSource
-        index = groups.find(batch.row)
-        trains = self.trains(groups.old_logprobs[index])
-        rows, anchored = len(batch), self.anchor_coef > 0
-        chosen = _at_least_one(trains)
-        part, weight, index = batch[chosen], trains[chosen].float(), index[chosen]
-        scores, hidden = engine.forward(part.tokens, part.length, groups.items[index])
+        rows = (batch.event >= 0).sum()
+        index, grouped = groups.find(batch.event)
+        grouped &= batch.event >= 0
+        if not self.anchor_coef:
+            some = _at_least_one(grouped.any(1))
+            batch, index, grouped = batch[some], index[some], grouped[some]
+        index = index[grouped]
+        negatives, hidden = engine.forward(batch.tokens, Places.at(grouped, batch.start), groups.items[index, 1:])
+        titles = engine.head.title_logprobs(hidden, batch.titles, batch.start)
+        scores = torch.cat([titles[grouped][:, None], negatives], 1)
         reference = None if groups.ref_logprobs is None else groups.ref_logprobs[index]
         parts = self.loss(ScoredGroups(scores, groups.old_logprobs[index], reference, window))
-        means = {name: (weight * value).sum() / rows for name, value in parts.items()}
-        if anchored:
-            nll = _title_nll(engine, part, scores[:, :1], hidden, weight)
-            if not self.train_missed:
-                chosen = _at_least_one(~trains)
-                part, weight = batch[chosen], (~trains)[chosen].float()
-                scores, hidden = engine.forward(part.tokens, part.length, part.target[:, None])
-                nll = nll + _title_nll(engine, part, scores, hidden, weight)
-            means["anchor"] = nll / _titles(batch)
+        means = {name: value.sum() / rows for name, value in parts.items()}
+        if self.anchor_coef:
+            means["anchor"] = _mean_nll(batch, titles)
             means["loss"] = means["loss"] + self.anchor_coef * means["anchor"]
-        return {**means, "groups": trains.float().mean()}
+        return {**means, "groups": len(index) / rows}
 
 
 def _at_least_one(rows: Tensor) -> Tensor:
@@ -169,25 +181,9 @@ def _at_least_one(rows: Tensor) -> Tensor:
     return rows | (first & ~rows.any())
 
 
-def _titles(batch: Batch) -> Tensor:
-    """Return the number of titles in a batch, those in the prompts and the targets."""
-    return len(batch) + (batch.history >= 0).sum()
-
-
-def _title_nll(
-    engine: TreeEngine, batch: Batch, target: Tensor, hidden: Tensor, weight: Tensor | None = None
-) -> Tensor:
-    """Return the negative log-likelihood of all titles in a batch, summed.
-
-    Args:
-        engine: Of the policy.
-        batch: B rows.
-        target: ``[B, 1]`` log-probabilities of the targets.
-        hidden: ``[B, L, H]`` of the prompts.
-        weight: ``[B]`` of each row; 1 by default.
-    """
-    each = target.sum(1) + engine.head.history_logprobs(hidden, batch.history, batch.history_start).sum(1)
-    return -(each if weight is None else each * weight).sum()
+def _mean_nll(batch: Batch, logprobs: Tensor) -> Tensor:
+    """Return the mean negative log-likelihood per title from ``logprobs [B, C]``, 0 where there is none."""
+    return -logprobs.sum() / (batch.titles >= 0).sum()
 
 
 class GRPO(GroupObjective):
@@ -210,7 +206,7 @@ class GRPO(GroupObjective):
         self.needs_reference = kl_coef != 0
 
     def advantages(self, groups: ScoredGroups) -> Tensor:
-        """Return the advantages ``[B, G]``."""
+        """Return the advantages ``[R, G]``."""
         return group_advantages(groups.relevance.to(groups.scores.dtype))
 
     def loss(self, groups: ScoredGroups) -> dict[str, Tensor]:
@@ -237,8 +233,8 @@ class TAWin(GRPO):
         gate: ``threshold`` trains a group only where its positive lies at the window; ``sigmoid`` gives each pair of
             the positive and a negative a weight that falls with their distance; ``none`` only reweights.
         temperature: Distance, in nats, over which the weights of ``sigmoid`` fall, > 0.
-        train_missed: As for every objective on groups. The gates of most groups that the search missed are shut;
-            without them an epoch costs a fraction.
+        train_missed: As for every objective on groups. Without, ``gate: threshold`` also leaves out the groups whose
+            gates are shut when they are found.
         kwargs: As for GRPO.
     """
 
@@ -252,9 +248,22 @@ class TAWin(GRPO):
         self.temperature = self._positive("temperature", temperature)
 
     def advantages(self, groups: ScoredGroups) -> Tensor:
-        """Return the advantages ``[B, G]``, see :func:`recsys.functional.tawin_advantages`."""
+        """Return the advantages ``[R, G]``, see :func:`recsys.functional.tawin_advantages`."""
         scores = groups.scores.detach()
         return tawin_advantages(scores, groups.relevance, *groups.window.rates, self.gate, self.temperature)
+
+    def trains(self, old_logprobs: Tensor, window: ResolvedWindow) -> Tensor:
+        """As for every objective; with ``gate: threshold`` only groups whose gates are open when they are found."""
+        trained = super().trains(old_logprobs, window)
+        if self.gate == "threshold" and not self.train_missed:
+            trained &= gate_open(old_logprobs, _positives(old_logprobs), *window.rates)
+        return trained
+
+    def trained_ranks(self, window: ResolvedWindow, count: int) -> tuple[int, int] | None:
+        """As for every objective; with ``gate: threshold`` those at which the gate is open."""
+        if self.gate == "threshold" and not self.train_missed:
+            return math.floor(window.start), min(math.ceil(window.end), count - 1)
+        return super().trained_ranks(window, count)
 
     def loss(self, groups: ScoredGroups) -> dict[str, Tensor]:
         """As GRPO's, and whether the gates are open."""

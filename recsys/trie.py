@@ -22,6 +22,7 @@ class Trie:
         offsets: ``[n + 1]`` int32; the children of node u are the nodes ``offsets[u] .. offsets[u + 1] - 1``.
         tokens: ``[n]`` int32; token on the edge into a node, -1 for the root.
         branch: ``[n]`` int32; first node at or below u that has not exactly one child (it branches or is a leaf).
+        titles: ``[n]`` int32; leaves at or below u.
         leaf: ``[M]`` int32; leaf node of each item.
         leaf_nodes: ``[leaves]`` int32, ascending.
         leaf_offsets: ``[leaves + 1]`` int64 into ``leaf_items``.
@@ -30,11 +31,23 @@ class Trie:
         levels: ``[depth + 1]`` int64; first node of each level, so that ``levels[0] == 0`` is the root.
     """
 
-    FIELDS = ("offsets", "tokens", "branch", "leaf", "leaf_nodes", "leaf_offsets", "leaf_items", "lexical", "levels")
+    FIELDS = (
+        "offsets",
+        "tokens",
+        "branch",
+        "titles",
+        "leaf",
+        "leaf_nodes",
+        "leaf_offsets",
+        "leaf_items",
+        "lexical",
+        "levels",
+    )
 
     offsets: Tensor
     tokens: Tensor
     branch: Tensor
+    titles: Tensor
     leaf: Tensor
     leaf_nodes: Tensor
     leaf_offsets: Tensor
@@ -97,10 +110,14 @@ class Trie:
             raise ValueError(f"the sequence of item {bad} is a prefix of another item's: it needs an end token")
 
         branch = torch.arange(total, dtype=torch.int32, device=device)
+        titles, end = (start[1:] == start[:-1]).to(torch.int32), total  # 1 at a leaf; end of the level below
         for first, last in zip(levels[-2::-1], levels[:0:-1], strict=True):  # bottom up
             child = start[first:last]
             single = start[first + 1 : last + 1] - child == 1
             branch[first:last] = torch.where(single, branch[child.clamp(max=total - 1).long()], branch[first:last])
+            below = torch.nn.functional.pad(titles[last:end].cumsum(0, dtype=torch.int32), (1, 0))
+            titles[first:last] += below[(start[first : last + 1] - last).long()].diff()
+            end = last
 
         leaf_items = leaf.argsort(stable=True)
         leaf_nodes, count = leaf[leaf_items].unique_consecutive(return_counts=True)
@@ -108,6 +125,7 @@ class Trie:
             offsets=start,
             tokens=torch.cat(tokens),
             branch=branch,
+            titles=titles,
             leaf=leaf,
             leaf_nodes=leaf_nodes,
             leaf_offsets=torch.cat([count.new_zeros(1), count.cumsum(0)]),
@@ -142,6 +160,18 @@ class Trie:
     def max_duplicates(self) -> int:
         """Items at the fullest leaf: 1 if all sequences differ."""
         return int(self.leaf_offsets.diff().max())
+
+    def items_at(self, leaf: Tensor) -> Tensor:
+        """Return the number of items at each leaf, same shape; any number for a node that is none."""
+        place = torch.searchsorted(self.leaf_nodes, leaf.to(torch.int32)).clamp(max=len(self.leaf_nodes) - 1)
+        return self.leaf_offsets[place + 1] - self.leaf_offsets[place]
+
+    def same_title(self, items: Tensor) -> Tensor:
+        """Return the items that share the title of each of ``items [R]``, itself included: ``[R, most]``, -1 = none."""
+        leaf = torch.searchsorted(self.leaf_nodes, self.leaf[items])
+        place = self.leaf_offsets[leaf][:, None] + torch.arange(self.max_duplicates, device=items.device)
+        inside = place < self.leaf_offsets[leaf + 1][:, None]
+        return torch.where(inside, self.leaf_items[place.clamp(max=self.num_items - 1)], -1)
 
     def degree(self, node: Tensor) -> Tensor:
         """Return the number of children of each node, same shape."""

@@ -20,13 +20,18 @@ class UserError(Exception):
 
 @dataclass
 class Batch:
-    """Rows (history -> target) of B users, ready for the model. Padding is told by length, never by token id."""
+    """Rows (history -> target) of B users, ready for the model. Padding is told by length, never by token id.
+
+    In training the target's title stands behind the prompt as the last of its titles, and each title that is a row of
+    its own, given what precedes it, names its event; in evaluation ``titles`` is the history alone.
+    """
 
     row: Tensor  # [B] int64, event index that names the row; -1 marks a row that only fills up a batch
-    tokens: Tensor  # [B, L] int64, prompt token ids, padded on the right
-    length: Tensor  # [B] int64, real prompt tokens, >= 1
-    history: Tensor  # [B, C] int64, catalogue index of each title in the prompt, oldest first, -1 = none
-    history_start: Tensor  # [B, C] int64, position in `tokens` of that title's first token, >= 1
+    tokens: Tensor  # [B, L] int64, token ids, padded on the right
+    length: Tensor  # [B] int64, real tokens, >= 1
+    titles: Tensor  # [B, C] int64, catalogue index of each title in `tokens`, oldest first, -1 = none
+    start: Tensor  # [B, C] int64, position in `tokens` of that title's first token, >= 1
+    event: Tensor  # [B, C] int64, event index of each title that is a row to train on, -1 = it is not
     target: Tensor  # [B] int64, catalogue index of the positive
 
     def to(self, *args: object, **kwargs: object) -> Batch:

@@ -73,7 +73,7 @@ class Run:
             **{
                 "source": Table(**tables),
                 "prompt": PromptTemplate("Seen:\n{history}", max_history=4, max_tokens=128),
-                "rows_per_epoch": 32,
+                "policy_stretches": 32,
                 "batch_size": 8,
                 **(data or {}),
             }

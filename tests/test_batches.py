@@ -51,11 +51,12 @@ def test_part_of_a_batch_keeps_its_rows_and_drops_their_common_padding():
     length = torch.tensor([5, 2, 3])
     tokens = torch.arange(15).view(3, 5) * (torch.arange(5) < length[:, None])
     titles = torch.arange(6).view(3, 2)
-    batch = Batch(torch.tensor([7, 8, 9]), tokens, length, titles, titles + 1, torch.tensor([1, 2, 3]))
+    batch = Batch(torch.tensor([7, 8, 9]), tokens, length, titles, titles + 1, titles + 2, torch.tensor([1, 2, 3]))
     for index in (torch.tensor([1, 2]), torch.tensor([False, True, True])):
         part = batch[index]
         assert (part.row.tolist(), part.length.tolist(), part.target.tolist()) == ([8, 9], [2, 3], [2, 3])
         assert torch.equal(part.tokens, tokens[1:, :3])
-        assert torch.equal(part.history, titles[1:])
-        assert torch.equal(part.history_start, titles[1:] + 1)
+        assert torch.equal(part.titles, titles[1:])
+        assert torch.equal(part.start, titles[1:] + 1)
+        assert torch.equal(part.event, titles[1:] + 2)
     assert batch.tokens.shape == (3, 5)

@@ -4,7 +4,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from recsys.data import HistoryDataModule, PromptTemplate, Source, SourceData, card_markdown, card_text, data_card
+from recsys.data import (
+    BatchDataset,
+    HistoryDataModule,
+    PromptTemplate,
+    Source,
+    SourceData,
+    card_markdown,
+    card_text,
+    data_card,
+)
 from recsys.types import UserError
 from tests.helpers_tokenizer import ByteTokenizer
 
@@ -31,8 +40,8 @@ def data(request):
     template = PromptTemplate(
         "Seen: {history}", entry="{rating}* {title}", max_history=5, max_tokens=60, max_title_tokens=6
     )
-    sizes = {"batch_size": 3, "stretch_batch_size": 2, "eval_batch_size": 4}
-    counts = {"rows_per_epoch": 17, "stretches_per_epoch": 5, "val_rows": 3, "test_rows": None}
+    sizes = {"batch_size": 3, "eval_batch_size": 4}
+    counts = {"supervised_stretches": 5, "policy_stretches": 7, "val_rows": 3, "test_rows": None}
     module = HistoryDataModule(Log(), template, request.param, **sizes, **counts)
     module.tokenize(ByteTokenizer())
     return module
@@ -71,24 +80,23 @@ def test_card(data):
         expected = {"mean": np.mean(values), "median": np.median(values), "95 %": np.quantile(values, 0.95)}
         assert card[name] == pytest.approx(expected | {"max": max(values)})
     assert card["titles cut"] == 3
-    drawn = {"stretches": min(5, len(h.stretches(h.train, 5))), "rows": 17, "validation": 3, "test": len(h.test)}
-    assert card["rows drawn for an epoch"] == drawn
+    drawn = {"supervised": 5, "policy": 7, "validation": 3, "test": len(h.test)}
+    assert card["drawn for an epoch"] == drawn
 
 
 def test_padding_is_that_of_the_batches(data):
-    shuffled = {"shuffle_seed": [0, 0]}
     loaders = {
-        "stretches": data.batches(data.stretch_rows(0), 2, **shuffled),
-        "rows": data.batches(data.train_rows(0), 3, **shuffled),
+        "supervised": data.dataset(data.plan(0, True), True),
+        "policy": data.dataset(data.plan(0, False), False),
         "validation": data.batches(data.evaluation_rows("val"), 4),
         "test": data.batches(data.evaluation_rows("test"), 4),
     }
     card = data_card(data)["share of padding in the batches"]
     for name, loader in loaders.items():
-        batches = list(loader)
+        batches = [loader[i] for i in range(len(loader))] if isinstance(loader, BatchDataset) else list(loader)
         padded, real = sum(b.tokens.numel() for b in batches), sum(b.length.sum().item() for b in batches)
         assert card[name] == pytest.approx(1 - real / padded), name
-    assert card["rows"] > 0
+    assert card["policy"] > 0
 
 
 def test_a_card_is_written_in_columns_or_as_markdown():

@@ -20,10 +20,9 @@ TINY = '--model.policy={"class_path": "recsys.policy.TinyPolicy", "init_args": {
 SMALL = [
     "--model.warm_start_epochs=1",
     "--data.batch_size=4",
-    "--data.stretch_batch_size=4",
     "--data.eval_batch_size=4",
-    "--data.stretches_per_epoch=4",
-    "--data.rows_per_epoch=4",
+    "--data.supervised_stretches=4",
+    "--data.policy_stretches=4",
     "--data.val_rows=4",
     "--data.test_rows=4",
     "--trainer.max_epochs=2",

@@ -58,7 +58,7 @@ class Model(LightningModule):
 
 
 def data(**kwargs):
-    kwargs = {"batch_size": 4, "stretch_batch_size": 4, "eval_batch_size": 5, "rows_per_epoch": 25} | kwargs
+    kwargs = {"batch_size": 4, "eval_batch_size": 5, "policy_stretches": 25} | kwargs
     return HistoryDataModule(Simulated(), PromptTemplate("Seen: {history}", max_history=4), **kwargs)
 
 
@@ -111,9 +111,10 @@ def test_batch_fields(num_workers):
             text = "Seen: " + "".join("x" * (item + 1) + "\n" for item in history)
             assert bytes(batch.tokens[i, : batch.length[i]].tolist()).decode() == text
             assert not batch.tokens[i, batch.length[i] :].any()
-            assert batch.history[i, : len(history)].tolist() == history.tolist()
-            assert (batch.history[i, len(history) :] == -1).all()
-            starts = batch.history_start[i, : len(history)]
+            assert batch.titles[i, : len(history)].tolist() == history.tolist()
+            assert (batch.titles[i, len(history) :] == -1).all()
+            assert (batch.event == -1).all()
+            starts = batch.start[i, : len(history)]
             assert (batch.tokens[i, starts] == ord("x")).all()
             assert (batch.tokens[i, starts - 1] != ord("x")).all()
             assert batch.target[i] == module.histories.items[row]
@@ -151,24 +152,56 @@ def test_load_needs_no_tokenizer_and_happens_once(monkeypatch):
     assert module.histories.describe()["interactions"] == 240
 
 
-def test_rows_of_an_epoch():
-    module = ready()
-    rows = [module.train_rows(epoch) for epoch in (0, 0, 1)]
-    assert np.array_equal(rows[0], rows[1])
-    assert set(rows[0]) != set(rows[2])
-    assert len(set(rows[0])) == 25
-    assert set(rows[0]) <= set(module.histories.train)
-    assert sorted(rows_of(module.train_dataloader())) == sorted(rows[0])
-    assert set(ready(rows_per_epoch=None).train_rows(0)) == set(module.histories.train)
-    assert set(ready(seed=1).train_rows(0)) != set(rows[0])
-    assert set(module.stretch_rows(0)) == set(module.histories.stretches(module.histories.train, 4))
-    assert len(ready(stretches_per_epoch=3).stretch_rows(0)) == 3
-
-
-def test_fresh_rows_are_the_latest_and_in_no_stretch():
-    module = ready(fresh_share=0.25, rows_per_epoch=None)
+def test_stretches_hold_each_title_with_its_event():
+    """A title is a row to train on if it is one of the phase and another stands before it."""
+    module = ready(fresh_share=0.25)
     h = module.histories
-    fresh, stretches = set(module.train_rows(0)), module.stretch_rows(0)
+    for supervised in (True, False):
+        rows, named = set(module.train_rows(supervised).tolist()), []
+        plan = module.plan(0, supervised)
+        dataset = module.dataset(plan, supervised)
+        for batch, stretches in zip(map(dataset.__getitem__, range(len(plan))), plan, strict=True):
+            assert batch.row.tolist() == stretches.tolist()
+            for i, row in enumerate(stretches.tolist()):
+                events = list(range(h.history_start(np.array([row]), 4)[0], row + 1))
+                text = "Seen: " + "".join("x" * (h.items[e] + 1) + "\n" for e in events)
+                assert bytes(batch.tokens[i, : batch.length[i]].tolist()).decode() == text
+                assert batch.titles[i, : len(events)].tolist() == h.items[events].tolist()
+                assert (batch.tokens[i, batch.start[i, : len(events)]] == ord("x")).all()
+                assert (batch.titles[i, len(events) :] == -1).all()
+                expected = [e if e in rows and e > events[0] else -1 for e in events]
+                assert batch.event[i].tolist() == expected + [-1] * (batch.event.shape[1] - len(events))
+                named += [e for e in expected if e >= 0]
+                assert batch.target[i] == h.items[row]
+        assert len(named) == len(set(named)) > 30
+
+
+def test_stretches_of_an_epoch():
+    module = ready()
+    drawn = [module.stretches(epoch, supervised=False) for epoch in (0, 0, 1)]
+    assert np.array_equal(drawn[0], drawn[1])
+    assert set(drawn[0]) != set(drawn[2])
+    assert len(set(drawn[0])) == 25
+    every = module.histories.stretches(module.histories.train, 4)
+    assert set(drawn[0]) <= set(every)
+    assert sorted(rows_of(module.train_dataloader())) == sorted(drawn[0])
+    assert set(ready(policy_stretches=None).stretches(0, False)) == set(module.stretches(0, True)) == set(every)
+    assert set(ready(seed=1).stretches(0, False)) != set(drawn[0])
+    assert len(ready(supervised_stretches=3).stretches(0, True)) == 3
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_coming_stretches_are_those_of_the_next_batches_of_all_processes(world_size):
+    module = ready()
+    plans = [module.plan(1, False, rank, world_size) for rank in range(world_size)]
+    expected = sorted(row for plan in plans for batch in plan[2:4] for row in batch)
+    assert module.coming(1, False, world_size, slice(2, 4)).tolist() == sorted(set(expected))
+
+
+def test_fresh_rows_are_the_latest_and_not_learnt_from_before():
+    module = ready(fresh_share=0.25, policy_stretches=None)
+    h = module.histories
+    fresh, stretches = set(module.train_rows(supervised=False)), module.stretches(0, supervised=True)
     assert len(fresh) == len(h.train) // 4
     assert fresh == set(h.train[-len(fresh) :])
     learnt = {event for row in stretches for event in range(h.history_start(np.array([row]), 4)[0], row + 1)}
@@ -186,7 +219,7 @@ def test_evaluation_rows_are_spread_over_time():
         assert sorted(rows_of(loader)) == sorted(module.histories.test)
 
 
-@pytest.mark.parametrize("name", ["batch_size", "stretch_batch_size", "eval_batch_size", "rows_per_epoch", "val_rows"])
+@pytest.mark.parametrize("name", ["batch_size", "eval_batch_size", "policy_stretches", "supervised_stretches", "val_rows"])
 def test_sizes_must_be_positive(name):
     with pytest.raises(UserError, match=f"data.{name} must be at least 1"):
         data(**{name: 0})
@@ -204,17 +237,17 @@ def test_trainer_settings_are_checked(tmp_path):
         module.setup("validate")
 
 
-def test_fit_trains_on_stretches_then_on_fresh_rows_and_validates(tmp_path):
+def test_fit_trains_on_the_stretches_of_each_phase_and_validates(tmp_path):
     model, module = Model(warm_epochs=1), data(val_rows=7)
     trainer(tmp_path, limit_val_batches=1.0, max_epochs=3).fit(model, module)
     rows = [{row for e, batch in model.seen if e == epoch for row in batch} for epoch in range(3)]
-    assert rows == [set(module.stretch_rows(0)), set(module.train_rows(0)), set(module.train_rows(1))]
+    assert rows == [set(module.stretches(0, True)), *(set(module.stretches(epoch, False)) for epoch in (0, 1))]
     assert len(model.evaluated) == 3 * 7
 
 
 def test_a_phase_draws_the_same_batches_whenever_it_starts(tmp_path):
     late, first = Model(warm_epochs=3), Model()
-    trainer(tmp_path, max_epochs=5).fit(late, data(stretches_per_epoch=9))
+    trainer(tmp_path, max_epochs=5).fit(late, data(supervised_stretches=9))
     trainer(tmp_path, max_epochs=2).fit(first, data())
     assert [(epoch - 3, rows) for epoch, rows in late.seen if epoch >= 3] == first.seen
     stretches = [[rows for e, rows in late.seen if e == epoch] for epoch in range(3)]

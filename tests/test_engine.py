@@ -18,9 +18,10 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from recsys.engine import TreeEngine
+from recsys.engine import PromptCache, TreeEngine
 from recsys.policy import LLMPolicy, Lora, Policy, TinyPolicy
-from recsys.search import beam_search
+from recsys.search import Wanted, beam_search, best_first_search
+from recsys.tree import Places
 from recsys.trie import Trie
 from recsys.types import UserError
 from tests.naive import all_logprobs, item_logprob
@@ -75,9 +76,9 @@ def test_dropout_of_the_base_and_of_an_adapter_is_off_in_training(name: str) -> 
     items = torch.arange(len(TITLES)).expand(len(PROMPTS), -1)
     policy.eval()
     with torch.no_grad():
-        found = engine.score(engine.prefill(*batch(PROMPTS)), items)
+        found = TreeEngine.score(*prefill(engine, PROMPTS), items)
     policy.train()
-    updated, _ = engine.forward(*batch(PROMPTS), items)
+    updated = forward(engine, PROMPTS, items)
     torch.testing.assert_close(updated, found, atol=2e-5, rtol=1e-5)
 
 
@@ -106,6 +107,20 @@ def batch(prompts: list[list[int]], width: int | None = None) -> tuple[torch.Ten
     return torch.tensor([p + [0] * (width - len(p)) for p in prompts]), torch.tensor([len(p) for p in prompts])
 
 
+def forward(engine: TreeEngine, prompts: list[list[int]], items: torch.Tensor) -> torch.Tensor:
+    """Scores behind the prompts, in one pass."""
+    tokens, length = batch(prompts)
+    return engine.forward(tokens, Places.ends(length), items)[0]
+
+
+def prefill(
+    engine: TreeEngine, prompts: list[list[int]], width: int | None = None
+) -> tuple[TreeEngine, PromptCache, Places]:
+    """What a search or a score behind the prompts takes."""
+    tokens, length = batch(prompts, width)
+    return engine, engine.prefill(tokens), Places.ends(length)
+
+
 def reference(engine: TreeEngine) -> torch.Tensor:
     with torch.no_grad():
         return torch.stack([all_logprobs(engine.policy, p, SEQUENCES, engine.normalization) for p in PROMPTS])
@@ -115,14 +130,12 @@ def reference(engine: TreeEngine) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
 def test_one_pass_and_cached_scores_equal_full_rows(kind: str, normalization: str) -> None:
     engine = make(kind, normalization)
-    tokens, length = batch(PROMPTS)
     items = torch.arange(len(TITLES)).expand(len(PROMPTS), -1)
     expected = reference(engine)
-    one_pass, _ = engine.forward(tokens, length, items)
-    torch.testing.assert_close(one_pass, expected, atol=2e-5, rtol=1e-5)
-    prompt = engine.prefill(tokens, length)
+    torch.testing.assert_close(forward(engine, PROMPTS, items), expected, atol=2e-5, rtol=1e-5)
+    _, prompt, places = prefill(engine, PROMPTS)
     for _ in range(2):  # the cache is left as it was
-        torch.testing.assert_close(engine.score(prompt, items), expected, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(engine.score(prompt, places, items), expected, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("normalization", ["trie", "vocab"])
@@ -131,7 +144,7 @@ def test_a_head_with_a_bias(normalization: str) -> None:
     engine.policy.causal_lm.set_output_embeddings(torch.nn.Linear(32, 257))
     torch.nn.init.normal_(engine.policy.head.bias)
     items = torch.arange(len(TITLES)).expand(len(PROMPTS), -1)
-    scores, _ = engine.forward(*batch(PROMPTS), items)
+    scores = forward(engine, PROMPTS, items)
     torch.testing.assert_close(scores, reference(engine), atol=2e-5, rtol=1e-5)
 
 
@@ -139,7 +152,7 @@ def test_a_head_with_a_bias(normalization: str) -> None:
 @pytest.mark.parametrize("chunk", [1, 5, 100])
 def test_exact_scores_of_the_whole_catalogue(normalization: str, chunk: int) -> None:
     engine = make(normalization=normalization)
-    found = engine.score_all(engine.prefill(*batch(PROMPTS)), chunk)
+    found = TreeEngine.score_all(*prefill(engine, PROMPTS), chunk)
     torch.testing.assert_close(found, reference(engine), atol=2e-5, rtol=1e-5)
 
 
@@ -147,37 +160,35 @@ def test_exact_scores_of_the_whole_catalogue(normalization: str, chunk: int) -> 
 def test_groups_that_differ_by_user(normalization: str) -> None:
     engine = make(normalization=normalization)
     items = torch.tensor([[0, 1, 2], [6, 6, 11], [4, 10, 5]])
-    scores, _ = engine.forward(*batch(PROMPTS), items)
+    scores = forward(engine, PROMPTS, items)
     torch.testing.assert_close(scores, reference(engine).gather(1, items), atol=2e-5, rtol=1e-5)
 
 
 def test_only_needed_rows_go_through_the_model() -> None:
     engine = make(normalization="trie")
-    tokens, length = batch(PROMPTS[:1])
-    engine.forward(tokens, length, torch.tensor([[6, 11]]))  # Ronin branches from Ran after R; X is forced
-    assert engine.token_rows == tokens.shape[1] + 1
+    forward(engine, PROMPTS[:1], torch.tensor([[6, 11]]))  # Ronin branches from Ran after R; X is forced
+    assert engine.token_rows == len(PROMPTS[0]) + 1
 
 
 def test_items_that_need_no_row_at_all() -> None:
     """X is forced after its first token: only the prompt goes through the model."""
     engine = make(normalization="trie")
-    tokens, length = batch(PROMPTS)
-    scores, _ = engine.forward(tokens, length, torch.full((3, 1), 11))
+    scores = forward(engine, PROMPTS, torch.full((3, 1), 11))
     torch.testing.assert_close(scores[:, 0], reference(engine)[:, 11], atol=2e-5, rtol=1e-5)
-    assert engine.token_rows == tokens.numel()
+    assert engine.token_rows == 3 * len(PROMPTS[2])
 
 
 def test_trie_normalisation_is_a_distribution_over_titles() -> None:
     engine = make(normalization="trie")
     items = torch.tensor([i for i in range(len(TITLES)) if i != 4]).expand(3, -1)  # item 4 shares item 3's title
-    scores, _ = engine.forward(*batch(PROMPTS), items)
+    scores = forward(engine, PROMPTS, items)
     torch.testing.assert_close(scores.exp().sum(1), torch.ones(3))
 
 
 def assert_gradients_equal_full_rows(engine: TreeEngine, tolerance: float) -> None:
     items = torch.tensor([[1, 2, 9], [3, 5, 8], [0, 7, 10]])
     weight = torch.randn(3, 3, generator=torch.Generator().manual_seed(1))
-    scores, _ = engine.forward(*batch(PROMPTS), items)
+    scores = forward(engine, PROMPTS, items)
     (scores * weight).sum().backward()
     tree = {name: p.grad.clone() for name, p in engine.policy.trainable().items()}
     engine.policy.zero_grad()
@@ -204,8 +215,8 @@ def test_the_output_head_runs_in_chunks_of_bounded_memory(normalization: str, mo
     )
     assert_gradients_equal_full_rows(engine, 1e-5)
     assert max(sizes) <= 3 * 257
-    prompt = engine.prefill(*batch(PROMPTS))
-    torch.testing.assert_close(engine.score_all(prompt), reference(engine), atol=2e-5, rtol=1e-5)
+    found = TreeEngine.score_all(*prefill(engine, PROMPTS))
+    torch.testing.assert_close(found, reference(engine), atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("normalization", ["trie", "vocab"])
@@ -222,8 +233,8 @@ def test_a_4_bit_base_with_an_adapter(local_model: str, dtype: str, normalizatio
     tolerance = {"atol": 2e-4, "rtol": 1e-5} if dtype == "float32" else {"atol": 0.3, "rtol": 0.02}
     expected = reference(engine)
     items = torch.arange(len(TITLES)).expand(3, -1)
-    torch.testing.assert_close(engine.forward(*batch(PROMPTS), items)[0], expected, **tolerance)
-    found = beam_search(engine, engine.prefill(*batch(PROMPTS)), len(TITLES))
+    torch.testing.assert_close(forward(engine, PROMPTS, items), expected, **tolerance)
+    found = beam_search(*prefill(engine, PROMPTS), len(TITLES))
     torch.testing.assert_close(found.scores, expected.gather(1, found.items), **tolerance)
     assert_gradients_equal_full_rows(engine, 1e-4 if dtype == "float32" else 0.05)
 
@@ -234,8 +245,8 @@ def test_titles_inside_the_prompt(normalization: str) -> None:
     head, history = [65, 66], [1, 7, 3]
     tokens = head + [t for i in history for t in SEQUENCES[i]]
     starts = [2, 2 + len(SEQUENCES[1]), 2 + len(SEQUENCES[1]) + len(SEQUENCES[7])]
-    _, hidden = engine.forward(*batch([tokens, head]), torch.tensor([[0], [0]]))
-    found = engine.head.history_logprobs(hidden, torch.tensor([history, [-1] * 3]), torch.tensor([starts, [0] * 3]))
+    hidden = engine.hidden(batch([tokens, head])[0])
+    found = engine.head.title_logprobs(hidden, torch.tensor([history, [-1] * 3]), torch.tensor([starts, [0] * 3]))
     expected = [
         item_logprob(engine.policy, tokens[:start], SEQUENCES, item, normalization)
         for item, start in zip(history, starts, strict=True)
@@ -248,7 +259,7 @@ def test_titles_inside_the_prompt(normalization: str) -> None:
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_a_beam_as_wide_as_the_catalogue_is_exhaustive(kind: str, normalization: str) -> None:
     engine = make(kind, normalization)
-    found = beam_search(engine, engine.prefill(*batch(PROMPTS)), len(TITLES))
+    found = beam_search(*prefill(engine, PROMPTS), len(TITLES))
     expected = reference(engine)
     assert found.valid.all()
     assert [sorted(row) for row in found.items.tolist()] == [list(range(len(TITLES)))] * 3
@@ -260,7 +271,7 @@ def test_a_beam_as_wide_as_the_catalogue_is_exhaustive(kind: str, normalization:
 @pytest.mark.parametrize("beams", [1, 3, 5])
 def test_a_narrow_beam_returns_true_scores_of_different_items(beams: int, normalization: str) -> None:
     engine = make(normalization=normalization)
-    found = beam_search(engine, engine.prefill(*batch(PROMPTS)), beams)
+    found = beam_search(*prefill(engine, PROMPTS), beams)
     assert found.items.shape == (3, beams)
     assert found.valid.all()
     assert all(len(set(row)) == beams for row in found.items.tolist())
@@ -271,16 +282,16 @@ def test_a_narrow_beam_returns_true_scores_of_different_items(beams: int, normal
 @pytest.mark.parametrize("normalization", ["trie", "vocab"])
 def test_padding_does_not_matter(normalization: str) -> None:
     engine = make(normalization=normalization)
-    together = beam_search(engine, engine.prefill(*batch(PROMPTS, width=20)), 6)
+    together = beam_search(*prefill(engine, PROMPTS, 20), 6)
     for b, prompt in enumerate(PROMPTS):
-        alone = beam_search(engine, engine.prefill(*batch([prompt])), 6)
+        alone = beam_search(*prefill(engine, [prompt]), 6)
         assert together.items[b].tolist() == alone.items[0].tolist()
         torch.testing.assert_close(together.scores[b], alone.scores[0], atol=2e-5, rtol=1e-5)
 
 
 def test_more_beams_than_items() -> None:
     engine = make()
-    found = beam_search(engine, engine.prefill(*batch(PROMPTS)), 50)
+    found = beam_search(*prefill(engine, PROMPTS), 50)
     assert found.items.shape == (3, len(TITLES))
     assert found.valid.all()
 
@@ -293,7 +304,7 @@ def test_random_catalogues(normalization: str) -> None:
         rng = random.Random(seed)
         sequences = [[rng.randint(1, 4) for _ in range(rng.randint(1, 6))] + [0] for _ in range(rng.randint(1, 40))]
         engine = TreeEngine(policy, Trie.from_sequences(sequences), normalization)
-        found = beam_search(engine, engine.prefill(*batch(PROMPTS[:2])), len(sequences))
+        found = beam_search(*prefill(engine, PROMPTS[:2]), len(sequences))
         with torch.no_grad():
             expected = torch.stack([all_logprobs(policy, p, sequences, normalization) for p in PROMPTS[:2]])
         torch.testing.assert_close(found.scores, expected.sort(1, descending=True).values, atol=2e-5, rtol=1e-5)
@@ -302,7 +313,7 @@ def test_random_catalogues(normalization: str) -> None:
 
 def test_a_single_item_is_certain() -> None:
     engine = TreeEngine(make().policy, Trie.from_sequences([[5, 6, 256]]), "trie")
-    found = beam_search(engine, engine.prefill(*batch(PROMPTS)), 4)
+    found = beam_search(*prefill(engine, PROMPTS), 4)
     assert found.items.tolist() == [[0]] * 3
     assert found.scores.tolist() == [[0.0]] * 3
 
@@ -311,7 +322,7 @@ def test_bfloat16_model_is_close() -> None:
     engine = make()
     expected = reference(engine)
     engine.policy.model = copy.deepcopy(engine.policy.model).bfloat16()
-    scores, _ = engine.forward(*batch(PROMPTS), torch.arange(len(TITLES)).expand(3, -1))
+    scores = forward(engine, PROMPTS, torch.arange(len(TITLES)).expand(3, -1))
     assert scores.dtype == torch.float32
     torch.testing.assert_close(scores, expected, atol=0.15, rtol=0.05)
 
@@ -322,3 +333,101 @@ def test_a_model_that_caps_its_logits_is_refused() -> None:
     policy.fresh.forward = lambda **kwargs: SimpleNamespace(logits=torch.tanh(plain(**kwargs).logits) * 0.1)
     with pytest.raises(Exception, match="output head"):
         policy.build(torch.device("cpu"))
+
+
+# ---- places inside a prompt ---------------------------------------------------------------------------------------
+
+# Each prompt holds titles; a place is before a token of one, so that what follows it must not be seen.
+PLACES = Places(torch.tensor([0, 0, 0, 2, 2]), torch.tensor([2, 4, 5, 1, 9]))  # none in the second prompt
+
+
+def at_places(engine: TreeEngine) -> torch.Tensor:
+    """Scores ``[P, M]`` by a full row for each item behind the tokens that precede each place."""
+    with torch.no_grad():
+        cut = [PROMPTS[b][:start] for b, start in zip(PLACES.prompt.tolist(), PLACES.start.tolist(), strict=True)]
+        return torch.stack([all_logprobs(engine.policy, tokens, SEQUENCES, engine.normalization) for tokens in cut])
+
+
+@pytest.mark.parametrize("normalization", ["trie", "vocab"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_places_inside_a_prompt_see_what_precedes_them_alone(kind: str, normalization: str) -> None:
+    engine = make(kind, normalization)
+    tokens, _ = batch(PROMPTS)
+    expected = at_places(engine)
+    items = torch.tensor([[0, 1, 2], [6, 6, 11], [4, 10, 5], [9, 8, 0], [3, 4, 7]])
+    scores, hidden = engine.forward(tokens, PLACES, items)
+    torch.testing.assert_close(scores, expected.gather(1, items), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(hidden, engine.hidden(tokens), atol=2e-5, rtol=1e-5)  # trees change no prompt
+    prompt = engine.prefill(tokens)
+    torch.testing.assert_close(engine.score(prompt, PLACES, items), expected.gather(1, items), atol=2e-5, rtol=1e-5)
+    for found in (
+        beam_search(engine, prompt, PLACES, len(TITLES)),
+        best_first_search(engine, prompt, PLACES, len(TITLES)),
+    ):
+        torch.testing.assert_close(found.scores[:, : len(TITLES)], expected.sort(1, descending=True).values)
+
+
+def test_without_a_place_a_pass_and_a_search_return_nothing() -> None:
+    engine = make()
+    tokens, _ = batch(PROMPTS)
+    nowhere, nothing = PLACES[torch.zeros(5, dtype=torch.bool)], torch.zeros(0, 3, dtype=torch.int64)
+    scores, hidden = engine.forward(tokens, nowhere, nothing)
+    assert scores.shape == (0, 3)
+    torch.testing.assert_close(hidden, engine.hidden(tokens))
+    assert engine.score(engine.prefill(tokens), nowhere, nothing).shape == (0, 3)
+    for search in (beam_search, best_first_search):
+        assert search(engine, engine.prefill(tokens), nowhere, 4).items.shape[0] == 0
+
+
+def random_catalogue(seed: int, normalization: str) -> tuple[TreeEngine, torch.Tensor, Places, torch.Tensor]:
+    """A policy with clear preferences, prompts, places in them, and the exact scores there."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    policy = Shape(rng.choice(["llama", "gpt2"]))
+    policy.build(torch.device("cpu"))
+    sequences = [[rng.randint(1, 6) for _ in range(rng.randint(1, 5))] + [0] for _ in range(rng.randint(20, 120))]
+    engine = TreeEngine(policy, Trie.from_sequences(sequences), normalization)
+    tokens, length = batch([[rng.randint(7, 256) for _ in range(rng.randint(2, 12))] for _ in range(4)])
+    chosen = torch.tensor([[rng.random() < 0.5 for _ in range(12)] for _ in range(4)])
+    start = torch.arange(1, 13).expand(4, -1)
+    places = Places.at(chosen & (start <= length[:, None]), start)
+    cut = [tokens[b, :n].tolist() for b, n in zip(places.prompt.tolist(), places.start.tolist(), strict=True)]
+    with torch.no_grad():
+        scores = torch.stack([all_logprobs(policy, prompt, sequences, normalization) for prompt in cut])
+    return engine, tokens, places, scores
+
+
+@pytest.mark.parametrize("normalization", ["trie", "vocab"])
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("width", [1, 8])
+def test_best_first_search_is_exact(seed: int, normalization: str, width: int) -> None:
+    engine, tokens, places, scores = random_catalogue(seed, normalization)
+    for titles in (1, 5, 12):
+        found = best_first_search(engine, engine.prefill(tokens), places, titles, width=width)
+        assert found.valid[:, :titles].all()
+        best = scores.topk(titles).values
+        torch.testing.assert_close(found.scores[:, :titles], best, atol=2e-5, rtol=1e-5)
+        listed = scores.gather(1, found.items)[found.valid]
+        torch.testing.assert_close(found.scores[found.valid], listed, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("normalization", ["trie", "vocab"])
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(("fewest", "most"), [(0, 3), (2, 6), (4, 9)])
+def test_a_list_is_given_up_only_if_the_whole_catalogue_says_so(
+    seed: int, normalization: str, fewest: int, most: int
+) -> None:
+    engine, tokens, places, scores = random_catalogue(seed, normalization)
+    trie, given_up = engine.trie, 0
+    for shift in range(5):
+        item = (torch.arange(len(places)) * 7 + shift) % trie.num_items
+        own = scores.gather(1, item[:, None])
+        above = ((scores > own + 2e-4) & (trie.leaf != trie.leaf[item][:, None])).sum(1)
+        found = best_first_search(
+            engine, engine.prefill(tokens), places, most + 1, Wanted(own[:, 0], fewest, most), width=2
+        )
+        kept = found.valid.any(1)
+        assert kept[(above >= fewest) & (above <= most)].all()
+        torch.testing.assert_close(found.scores[kept][:, : most + 1], scores[kept].topk(most + 1).values)
+        given_up += int((~kept).sum())
+    assert given_up > len(places)  # of five times as many

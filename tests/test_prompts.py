@@ -20,7 +20,7 @@ def encoder(template="Seen:\n{history}Next: ", tokenizer=None, **kwargs):
 def test_joins_text_and_titles_and_says_where_titles_start():
     prompt = encoder().encode(np.array([2, 0, 2]))
     assert bytes(prompt.tokens) == b"Seen:\nBrazil\nAlien\nBrazil\nNext: "
-    assert prompt.history == [2, 0, 2]
+    assert prompt.titles == [2, 0, 2]
     assert [bytes(prompt.tokens[s:]).split(b"\n")[0] for s in prompt.starts] == [b"Brazil", b"Alien", b"Brazil"]
 
 
@@ -41,19 +41,19 @@ def test_no_token_before_the_history():
 
 
 def test_newest_titles_are_kept():
-    assert encoder(max_history=2).encode(np.array([0, 1, 2, 3])).history == [2, 3]
+    assert encoder(max_history=2).encode(np.array([0, 1, 2, 3])).titles == [2, 3]
 
 
 @pytest.mark.parametrize(("max_tokens", "kept"), [(24, [1, 2, 3]), (23, [2, 3]), (21, [2, 3]), (20, [3])])
 def test_only_whole_titles_are_kept(max_tokens, kept):
     """12 tokens of text, then from the newest: 2 (M), 7 (Brazil) = 21, 3 (Up) = 24, 6 (Alien) = 30."""
     prompt = encoder(max_tokens=max_tokens).encode(np.array([0, 1, 2, 3]))
-    assert prompt.history == kept
+    assert prompt.titles == kept
     assert len(prompt.tokens) <= max_tokens
 
 
 def test_a_title_that_does_not_fit_hides_older_ones_that_would():
-    assert encoder(max_tokens=24).encode(np.array([3, 0, 2])).history == [2]
+    assert encoder(max_tokens=24).encode(np.array([3, 0, 2])).titles == [2]
 
 
 def test_longest_title_must_fit():
@@ -64,7 +64,7 @@ def test_longest_title_must_fit():
 
 def test_empty_history_gives_the_text_alone():
     prompt = encoder().encode(np.array([], dtype=np.int64))
-    assert (bytes(prompt.tokens), prompt.history, prompt.starts) == (b"Seen:\nNext: ", [], [])
+    assert (bytes(prompt.tokens), prompt.titles, prompt.starts) == (b"Seen:\nNext: ", [], [])
 
 
 @pytest.mark.parametrize("template", ["no place", "{history} and {history}", ""])
@@ -95,7 +95,7 @@ def test_lengths_agree_with_encode(limits, entries):
         prompts.append(subject.encode(histories.items[past], histories.entry[past]))
         assert len(prompts[-1].tokens) <= limits.get("max_tokens", 512)
     assert subject.lengths(histories, histories.train).tolist() == [len(prompt.tokens) for prompt in prompts]
-    assert len({len(prompt.history) for prompt in prompts}) > 2
+    assert len({len(prompt.titles) for prompt in prompts}) > 2
 
 
 # ------------------------------------------------------------------------------ entries: rating and category
@@ -158,7 +158,7 @@ def test_titles_start_after_the_text_before_them():
     subject = PromptEncoder(ByteTokenizer(), ITEMS, PromptTemplate("Seen:\n{history}Next: "), entries)
     prompt = subject.encode(np.array([2, 0, 3]), np.array([1, 2, 0]))
     assert bytes(prompt.tokens) == b"Seen:\n(5) Brazil\nAlien\nvery good\nM\nNext: "
-    for start, item in zip(prompt.starts, prompt.history, strict=True):
+    for start, item in zip(prompt.starts, prompt.titles, strict=True):
         assert prompt.tokens[start : start + len(ITEMS[item])] == ITEMS[item]
 
 
@@ -258,5 +258,5 @@ def test_prompts_hold_the_newest_events_before_the_target_and_no_other(events, s
             assert bytes(batch.tokens[i, : batch.length[i]].tolist()).decode() == "Seen:" + "".join(
                 lines[len(lines) - kept :]
             )
-            assert batch.history[i][batch.history[i] >= 0].tolist() == before[len(before) - kept :]
+            assert batch.titles[i][batch.titles[i] >= 0].tolist() == before[len(before) - kept :]
             assert kept > 0

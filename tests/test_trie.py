@@ -42,6 +42,7 @@ def test_against_a_dictionary_of_prefixes(seed: int) -> None:
         while len(below := [p for p in prefixes if len(p) == len(end) + 1 and p[: len(end)] == end]) == 1:
             end = below[0]
         assert prefix_of[trie.branch[node].item()] == end
+        assert trie.titles[node].item() == len({tuple(s) for s in sequences if tuple(s[: len(prefix)]) == prefix})
 
     for item, (sequence, path) in enumerate(zip(sequences, trie.paths(torch.arange(len(sequences))), strict=True)):
         nodes_of_item = [n for n in path.tolist() if n >= 0]
@@ -57,6 +58,8 @@ def test_same_titles_share_a_leaf_that_lists_them_all() -> None:
     assert trie.leaf[0] == trie.leaf[2]
     assert sorted(map(sorted, listed.values())) == [[0, 2], [1], [3]]
     assert trie.max_duplicates == 2
+    assert [sorted(row) for row in trie.same_title(torch.tensor([1, 2, 0])).tolist()] == [[-1, 1], [0, 2], [0, 2]]
+    assert trie.items_at(trie.leaf).tolist() == [2, 1, 2, 1]
 
 
 @pytest.mark.parametrize("sequences", [[], [[]], [[1, 0], []]])

@@ -67,29 +67,53 @@ class BatchDataset(Dataset[Batch]):
         histories: The events that rows point into.
         encoder: Makes the prompts.
         plan: Row ids of each batch, as :func:`plan_batches` returns them.
+        trained: [E] which events are rows to train on, and so to have their titles behind a prompt; None to evaluate.
     """
 
-    def __init__(self, histories: Histories, encoder: PromptEncoder, plan: list[np.ndarray]) -> None:
+    def __init__(
+        self,
+        histories: Histories,
+        encoder: PromptEncoder,
+        plan: list[np.ndarray],
+        trained: np.ndarray | None = None,
+    ) -> None:
         self.histories = histories
         self.encoder = encoder
         self.plan = plan
+        self.trained = trained
 
     def __len__(self) -> int:
         return len(self.plan)
 
     def __getitem__(self, index: int) -> Batch:
-        rows = self.plan[index]
+        rows, histories = self.plan[index], self.histories
         events = np.where(rows < 0, ~rows, rows)
-        pasts = [self.histories.past(event, self.encoder.max_history) for event in events]
-        prompts = [self.encoder.encode(self.histories.items[past], self.histories.entry[past]) for past in pasts]
+        pasts = [histories.past(event, self.encoder.max_history) for event in events]
+        targets = histories.items[events]
+        answers = targets if self.trained is not None else [None] * len(rows)
+        prompts = [
+            self.encoder.encode(histories.items[past], histories.entry[past], answer)
+            for past, answer in zip(pasts, answers, strict=True)
+        ]
         return Batch(
             row=torch.from_numpy(np.maximum(rows, -1)),
             tokens=_pad([prompt.tokens for prompt in prompts], 0),
             length=torch.tensor([len(prompt.tokens) for prompt in prompts]),
-            history=_pad([prompt.history for prompt in prompts], -1),
-            history_start=_pad([prompt.starts for prompt in prompts], -1),
-            target=torch.from_numpy(self.histories.items[events]),
+            titles=_pad([prompt.titles for prompt in prompts], -1),
+            start=_pad([prompt.starts for prompt in prompts], -1),
+            event=_pad([self._events(event, len(p.titles)) for event, p in zip(events, prompts, strict=True)], -1),
+            target=torch.from_numpy(targets),
         )
+
+    def _events(self, row: int, titles: int) -> list[int]:
+        """Return the event of each title of a prompt that ends with a row; -1 where it is no row or shows no history.
+
+        A title without another before it has a history that its prompt does not show.
+        """
+        if self.trained is None:
+            return [-1] * titles
+        events = np.arange(row + 1 - titles, row + 1)
+        return np.where(self.trained[events] & (events > events[:1]), events, -1).tolist()
 
 
 def _pad(lists: list[list[int]], value: int) -> torch.Tensor:

@@ -20,7 +20,8 @@ def data_card(data: HistoryDataModule) -> dict[str, Any]:
     Returns:
         A number, or several by name, for each thing described. What begins with "share" is a fraction, all else a
         count. A row is a history with its target; all rows are described, but the batches are those of the first
-        epoch on one device. A user or target is unseen in training if no train row has that user or target.
+        epoch on one device, those of training made of stretches. A user or target is unseen in training if no train row
+        has that user or target.
     """
     histories, counts = data.histories, data.histories.describe()
     parts = {"train": histories.train, "validation": histories.val, "test": histories.test}
@@ -28,12 +29,9 @@ def data_card(data: HistoryDataModule) -> dict[str, Any]:
     rows = np.concatenate(list(parts.values()))
     seen_users, seen_items = histories.users[histories.train], histories.items[histories.train]
     titles = Counter(map(tuple, data.item_tokens))
-    plans = {
-        "stretches": data.training(0, supervised=True),
-        "rows": data.training(0, supervised=False),
-        "validation": (data.evaluation_rows("val"), data.eval_batch_size, None),
-        "test": (data.evaluation_rows("test"), data.eval_batch_size, None),
-    }
+    plans = {"supervised": (data.plan(0, supervised=True), True), "policy": (data.plan(0, supervised=False), True)}
+    for name, drawn in (("validation", data.evaluation_rows("val")), ("test", data.evaluation_rows("test"))):
+        plans[name] = plan_batches(drawn, data.encoder.lengths(histories, drawn), data.eval_batch_size), False
     return {
         "items": len(data.catalog),
         "items that nobody chose": len(data.catalog) - len(np.unique(histories.items)),
@@ -56,7 +54,7 @@ def data_card(data: HistoryDataModule) -> dict[str, Any]:
         "title length in tokens, end included": _distribution(data.encoder.item_lengths),
         "titles cut": data.catalog.cut_titles,
         "prompt length in tokens": _distribution(data.encoder.lengths(histories, rows)),
-        "rows drawn for an epoch": {name: len(drawn) for name, (drawn, _, _) in plans.items()},
+        "drawn for an epoch": {name: sum(map(len, plan)) for name, (plan, _) in plans.items()},
         "share of padding in the batches": {name: _padding(data, *plan) for name, plan in plans.items()},
     }
 
@@ -74,10 +72,9 @@ def _share_not_in(values: np.ndarray, others: np.ndarray) -> float:
     return float((~np.isin(values, others)).mean())
 
 
-def _padding(data: HistoryDataModule, rows: np.ndarray, batch_size: int, shuffle_seed: list[int] | None) -> float:
-    lengths = data.encoder.lengths(data.histories, rows)
-    plan = plan_batches(np.arange(len(rows)), lengths, batch_size, shuffle_seed)
-    return 1 - float(lengths.sum() / sum(len(batch) * lengths[batch].max() for batch in plan))
+def _padding(data: HistoryDataModule, plan: list[np.ndarray], answers: bool) -> float:
+    lengths = [data.encoder.lengths(data.histories, batch, answers) for batch in plan]
+    return 1 - float(sum(batch.sum() for batch in lengths) / sum(len(batch) * batch.max() for batch in lengths))
 
 
 def card_text(card: dict[str, Any]) -> str:

@@ -17,18 +17,21 @@ from recsys.data.prompts import PromptEncoder, PromptTemplate, write_entries
 from recsys.data.sources import Columns, Source
 from recsys.types import Batch, UserError
 
-_SIZES = ("batch_size", "stretch_batch_size", "eval_batch_size")
-_COUNTS = ("rows_per_epoch", "stretches_per_epoch", "val_rows", "test_rows")
+_SIZES = ("batch_size", "eval_batch_size")
+_COUNTS = ("supervised_stretches", "policy_stretches", "val_rows", "test_rows")
 _LEAST = dict.fromkeys(_SIZES + _COUNTS, 1) | {"num_workers": 0, "seed": 0}
 
 
 class HistoryDataModule(LightningDataModule):
     """Rows (history -> target) of one source in batches of similar prompt length.
 
+    Training goes through stretches: up to ``max_history`` events and the one after them, in one prompt. A user's
+    stretches do not overlap, and every title in one is a row of its own, whose history is what precedes it there.
+
     The Lightning module provides ``tokenizer``, ready before its ``setup``, and ``phase_at(epoch)``, the phase of an
-    epoch: ``supervised: bool`` tells whether it trains on stretches of history, with a loss on every title, or on rows
-    with negatives, and ``start: int`` is its first epoch. An epoch is counted within its phase wherever it determines
-    what is drawn, so a policy phase after a warm start draws what it would draw without one.
+    epoch: ``supervised: bool`` tells whether it needs no negatives, and ``start: int`` is its first epoch. An epoch is
+    counted within its phase wherever it determines what is drawn, so a policy phase after a warm start draws what it
+    would draw without one.
 
     The trainer needs ``reload_dataloaders_every_n_epochs=1`` and ``use_distributed_sampler=False``.
 
@@ -36,14 +39,13 @@ class HistoryDataModule(LightningDataModule):
         source: Where interactions and titles come from.
         prompt: The prompt's text and how much history it holds.
         split: ``temporal`` cuts all rows 80/10/10 by time; ``leave_one_out`` tests on each user's last event.
-        batch_size: Most rows in a batch of policy optimisation, on each device.
-        stretch_batch_size: Most stretches in a supervised batch, on each device.
+        batch_size: Most stretches in a training batch, on each device.
         eval_batch_size: Most rows in a batch of validation, test and prediction, on each device.
-        rows_per_epoch: Train rows drawn anew for each epoch, without replacement; null uses all.
-        stretches_per_epoch: Stretches drawn anew for each epoch, without replacement; null uses all.
-        fresh_share: Share of the train rows, the latest in time, that supervised stretches leave out and policy
-            optimisation is confined to, so that it meets targets which the policy has not learnt by heart; 0 trains
-            both on all rows.
+        supervised_stretches: Stretches drawn anew for each supervised epoch, without replacement; null uses all.
+        policy_stretches: Stretches drawn anew for each epoch of policy optimisation, likewise.
+        fresh_share: Share of the train rows, the latest in time, that supervised training leaves out and the groups of
+            policy optimisation are confined to, so that it meets targets which the policy has not learnt by heart; 0
+            trains both on all rows.
         val_rows: Validation rows, spread evenly over the split's time; null uses all.
         test_rows: Test and prediction rows, spread evenly over the split's time; null uses all.
         num_workers: Processes that build batches; 0 builds them in the main process.
@@ -75,11 +77,10 @@ class HistoryDataModule(LightningDataModule):
         source: Source,
         prompt: PromptTemplate,
         split: Split = "temporal",
-        batch_size: int = 16,
-        stretch_batch_size: int = 8,
+        batch_size: int = 8,
         eval_batch_size: int = 16,
-        rows_per_epoch: int | None = None,
-        stretches_per_epoch: int | None = None,
+        supervised_stretches: int | None = None,
+        policy_stretches: int | None = None,
         fresh_share: float = 0.0,
         val_rows: int | None = None,
         test_rows: int | None = None,
@@ -91,10 +92,9 @@ class HistoryDataModule(LightningDataModule):
         self.prompt = prompt
         self.split = split
         self.batch_size = batch_size
-        self.stretch_batch_size = stretch_batch_size
         self.eval_batch_size = eval_batch_size
-        self.rows_per_epoch = rows_per_epoch
-        self.stretches_per_epoch = stretches_per_epoch
+        self.supervised_stretches = supervised_stretches
+        self.policy_stretches = policy_stretches
         self.fresh_share = fresh_share
         self.val_rows = val_rows
         self.test_rows = test_rows
@@ -156,14 +156,32 @@ class HistoryDataModule(LightningDataModule):
         self.item_tokens = self.catalog.tokenize(tokenizer, self.prompt.end, self.prompt.max_title_tokens)
         self.encoder = PromptEncoder(tokenizer, self.item_tokens, self.prompt, self.entries)
 
-    def train_rows(self, epoch: int) -> np.ndarray:
-        """Rows of policy optimisation in one epoch of its phase: [R] int64 event indices."""
-        return self._draw(self._train_parts()[-1], self.rows_per_epoch, epoch)
+    def train_rows(self, supervised: bool) -> np.ndarray:
+        """Rows that a phase may train on: [R] int64 event indices."""
+        train = self.histories.train
+        fresh = int(self.fresh_share * len(train))
+        if not fresh:
+            return train
+        return train[:-fresh] if supervised else train[-fresh:]
 
-    def stretch_rows(self, epoch: int) -> np.ndarray:
-        """Rows of supervised training in one epoch of its phase, whose stretches do not overlap: [R] int64."""
-        stretches = self.histories.stretches(self._train_parts()[0], self.prompt.max_history)
-        return self._draw(stretches, self.stretches_per_epoch, epoch)
+    def stretches(self, epoch: int, supervised: bool) -> np.ndarray:
+        """Stretches of one epoch of a phase, each named by its last row: [S] int64 event indices."""
+        stretches = self.histories.stretches(self.train_rows(supervised), self.prompt.max_history)
+        count = self.supervised_stretches if supervised else self.policy_stretches
+        if count is None or count >= len(stretches):
+            return stretches
+        return np.random.default_rng([self.seed, epoch]).choice(stretches, count, replace=False)
+
+    def coming(self, epoch: int, supervised: bool, world_size: int, batches: slice) -> np.ndarray:
+        """Stretches in some batches of one epoch of a phase, those of all processes: [S] int64 event indices."""
+        plans = [self.plan(epoch, supervised, rank, world_size)[batches] for rank in range(world_size)]
+        return np.unique(np.concatenate([batch for plan in plans for batch in plan]))
+
+    def plan(self, epoch: int, supervised: bool, rank: int = 0, world_size: int = 1) -> list[np.ndarray]:
+        """Stretches in each batch that one process trains on in one epoch of a phase."""
+        rows = self.stretches(epoch, supervised)
+        lengths = self.encoder.lengths(self.histories, rows, answers=True)
+        return plan_batches(rows, lengths, self.batch_size, [self.seed, epoch], rank, world_size)
 
     def evaluation_rows(self, part: Literal["val", "test"]) -> np.ndarray:
         """Rows that validation, or test and prediction, go through: [R] int64 event indices in the order of time."""
@@ -171,52 +189,37 @@ class HistoryDataModule(LightningDataModule):
         count = min(count or len(rows), len(rows))
         return rows[np.arange(count) * len(rows) // count]
 
-    def _train_parts(self) -> list[np.ndarray]:
-        """Train rows that stretches are made of, and those of policy optimisation; one part if they are the same."""
-        train = self.histories.train
-        fresh = int(self.fresh_share * len(train))
-        return np.split(train, [len(train) - fresh]) if fresh else [train]
-
-    def _draw(self, rows: np.ndarray, count: int | None, epoch: int) -> np.ndarray:
-        if count is None or count >= len(rows):
-            return rows
-        return np.random.default_rng([self.seed, epoch]).choice(rows, count, replace=False)
-
-    def training(self, epoch: int, supervised: bool) -> tuple[np.ndarray, int, list[int]]:
-        """Rows ``[R]`` of one epoch of a phase, their batch size, and what determines their order."""
-        if supervised:
-            return self.stretch_rows(epoch), self.stretch_batch_size, [self.seed, epoch]
-        return self.train_rows(epoch), self.batch_size, [self.seed, epoch]
+    def dataset(self, plan: list[np.ndarray], supervised: bool | None) -> BatchDataset:
+        """Batches of a plan, for training in a supervised phase or another; None for evaluation."""
+        trained = None
+        if supervised is not None:
+            trained = np.zeros(len(self.histories.items), dtype=bool)
+            trained[self.train_rows(supervised)] = True
+        return BatchDataset(self.histories, self.encoder, plan, trained)
 
     def batches(
-        self,
-        rows: np.ndarray,
-        batch_size: int,
-        shuffle_seed: list[int] | None = None,
-        rank: int = 0,
-        world_size: int = 1,
+        self, rows: np.ndarray, batch_size: int, supervised: bool | None = None, rank: int = 0, world_size: int = 1
     ) -> DataLoader[Batch]:
-        """Loader of one process's share of ``rows``, as :func:`recsys.data.batches.plan_batches` divides them.
+        """Loader of one process's share of ``rows``, longest first, see :func:`recsys.data.batches.plan_batches`.
 
         Args:
-            rows: [R] int64 event indices.
+            rows: [R] int64 event indices. A row that another process has already got carries ``row`` -1.
             batch_size: Most rows in a batch.
-            shuffle_seed: Integers that determine the order; None sorts by length, and a row that another process has
-                already got then carries ``row`` -1.
+            supervised: As for :meth:`dataset`.
             rank: This process.
             world_size: Number of processes.
         """
-        dataset = self._dataset(rows, batch_size, shuffle_seed, rank, world_size)
-        return DataLoader(dataset, batch_size=None, num_workers=self.num_workers)
+        lengths = self.encoder.lengths(self.histories, rows, answers=supervised is not None)
+        plan = plan_batches(rows, lengths, batch_size, None, rank, world_size)
+        return DataLoader(self.dataset(plan, supervised), batch_size=None, num_workers=self.num_workers)
 
     def train_dataloader(self) -> ResumableLoader:
-        """The current epoch's stretches or rows; a run that resumes inside the epoch continues with the next batch."""
+        """The current epoch's stretches; a run that resumes inside the epoch continues with the next batch."""
         trainer: Any = self.trainer
         epoch = trainer.current_epoch
         phase = trainer.lightning_module.phase_at(epoch)
-        drawn = self.training(epoch - phase.start, phase.supervised)
-        dataset = self._dataset(*drawn, trainer.global_rank, trainer.world_size)
-        return ResumableLoader(dataset, trainer, num_workers=self.num_workers)
+        plan = self.plan(epoch - phase.start, phase.supervised, trainer.global_rank, trainer.world_size)
+        return ResumableLoader(self.dataset(plan, phase.supervised), trainer, num_workers=self.num_workers)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """The validation rows."""
@@ -234,10 +237,3 @@ class HistoryDataModule(LightningDataModule):
         rows, trainer = self.evaluation_rows(part), self.trainer
         assert trainer is not None
         return self.batches(rows, self.eval_batch_size, None, trainer.global_rank, trainer.world_size)
-
-    def _dataset(
-        self, rows: np.ndarray, batch_size: int, shuffle_seed: list[int] | None, rank: int, world_size: int
-    ) -> BatchDataset:
-        lengths = self.encoder.lengths(self.histories, rows)
-        plan = plan_batches(rows, lengths, batch_size, shuffle_seed, rank, world_size)
-        return BatchDataset(self.histories, self.encoder, plan)

@@ -149,7 +149,7 @@ class EncodedPrompt:
     """One prompt, ready to be padded."""
 
     tokens: list[int]  # [L] token ids
-    history: list[int]  # [C] catalogue indices of the titles in the prompt, oldest first
+    titles: list[int]  # [C] catalogue indices of the titles in `tokens`, oldest first
     starts: list[int]  # [C] position in `tokens` of each title's first token, >= 1
 
 
@@ -205,12 +205,13 @@ class PromptEncoder:
                 "the title"
             )
 
-    def encode(self, history: np.ndarray, entry: np.ndarray | None = None) -> EncodedPrompt:
+    def encode(self, history: np.ndarray, entry: np.ndarray | None = None, answer: int | None = None) -> EncodedPrompt:
         """Encode the newest titles of a history that fit the limits.
 
         Args:
             history: [any] catalogue indices, oldest first. An empty history gives the fixed text alone.
             entry: [any] which of the encoder's ``entries`` each title has; the first one by default.
+            answer: Catalogue index of a title to stand behind the prompt, whose limits do not count it.
 
         Returns:
             The prompt, with at least one title unless the history is empty.
@@ -227,14 +228,21 @@ class PromptEncoder:
             starts.append(len(tokens))
             tokens += self._item_tokens[self._offsets[item] : self._offsets[item + 1]].tolist()
             tokens += after
-        return EncodedPrompt(tokens + self._tail, newest[first:].tolist(), starts)
+        tokens += self._tail
+        titles = newest[first:].tolist()
+        if answer is not None:
+            starts.append(len(tokens))
+            tokens += self._item_tokens[self._offsets[answer] : self._offsets[answer + 1]].tolist()
+            titles.append(int(answer))
+        return EncodedPrompt(tokens, titles, starts)
 
-    def lengths(self, histories: Histories, rows: np.ndarray) -> np.ndarray:
+    def lengths(self, histories: Histories, rows: np.ndarray, answers: bool = False) -> np.ndarray:
         """Tokens of each row's prompt, as ``encode`` makes it, without encoding any.
 
         Args:
             histories: The events that rows point into.
             rows: [R] event indices.
+            answers: Whether the rows' targets stand behind the prompts.
 
         Returns:
             [R] int64.
@@ -243,7 +251,8 @@ class PromptEncoder:
         ends = np.concatenate([[0], np.cumsum(lengths)])  # [E + 1] tokens of all entries before event
         first_fitting = np.searchsorted(ends, ends[rows] - self._budget)
         start = np.maximum(histories.history_start(rows, self.max_history), first_fitting)
-        return len(self._head) + ends[rows] - ends[start] + len(self._tail)
+        behind = self.item_lengths[histories.items[rows]] if answers else 0
+        return len(self._head) + ends[rows] - ends[start] + len(self._tail) + behind
 
     def _entry_lengths(self, items: np.ndarray, entry: np.ndarray) -> np.ndarray:
         return self.item_lengths[items] + self._around_lengths[entry]

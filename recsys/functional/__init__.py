@@ -10,6 +10,7 @@ from recsys.functional.partial_auc import (
 )
 from recsys.functional.policy_loss import kl_divergence, policy_loss, softmax_dpo_loss
 from recsys.functional.ranking import Place, expected_rank, ndcg_at_k, place_positive, recall_at_k
+from recsys.functional.sampling import sample_outside
 from recsys.functional.schedule import linear_schedule
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "place_positive",
     "policy_loss",
     "recall_at_k",
+    "sample_outside",
     "softmax_dpo_loss",
     "tawin_advantages",
     "window_around",
