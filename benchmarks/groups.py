@@ -28,13 +28,14 @@ from measure import timed
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from callbacks.beam_negatives import BeamNegatives
+from callbacks.beam_negatives import BeamNegatives, best_others
 from recsys.cli import RecsysCLI
 from recsys.data import HistoryDataModule
 from recsys.functional import gate_open
 from recsys.groups import Groups
 from recsys.module import Recommender
 from recsys.objectives import GroupObjective, SupervisedFineTuning, TAWin
+from recsys.search import beam_search
 from recsys.tree import Places, TokenTree
 from recsys.types import Batch
 
@@ -78,6 +79,24 @@ class Waits(TorchDispatchMode):
         return f"{sum(self.count.values())} ({parts})"
 
 
+class Passes:
+    """Counts the passes through the decoder."""
+
+    def __init__(self, model: Recommender) -> None:
+        self.decoder = model.policy.causal_lm.base_model
+        self.count = 0
+
+    def _add(self, *args: object) -> None:
+        self.count += 1
+
+    def __enter__(self) -> Passes:
+        self.handle = self.decoder.register_forward_hook(self._add)
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self.handle.remove()
+
+
 def prefixes(batch: Batch, rows: int) -> Iterator[Batch]:
     """Cut stretches into one row a prompt, so many together, the longest first."""
     prompt, title = (batch.event >= 0).nonzero(as_tuple=True)
@@ -117,16 +136,28 @@ class Comparison:
     def find(self, batch: Batch, exhaustive: bool) -> Groups:
         """Return the groups of a batch's rows that TAWin trains."""
         self.model.eval()
-        objective = self.model.objective
-        assert isinstance(objective, GroupObjective)
-        if exhaustive:
-            self.model.objective = copy.copy(objective)
-            self.model.objective.train_missed = True
         with torch.no_grad():
-            groups = self.negatives.groups_of(self.model, batch, self.generator).groups
-        self.model.objective = objective
+            find = self.search_all if exhaustive else self.search
+            groups = find(batch)
         self.model.train()
-        return merged([groups[objective.trains(groups.old_logprobs, self.model.dial.window)]])
+        return merged([groups])
+
+    def search(self, batch: Batch) -> Groups:
+        """Find groups as the callback does."""
+        return self.negatives.groups_of(self.model, batch, self.generator).groups
+
+    def search_all(self, batch: Batch) -> Groups:
+        """Find the group of every row with a beam that holds it, then keep those that are trained."""
+        engine, objective, count = self.model.engine, self.model.objective, self.model.dial.group_negatives
+        assert isinstance(objective, GroupObjective)
+        chosen = batch.event >= 0
+        prompt, places = engine.prefill(batch.tokens), Places.at(chosen, batch.start)
+        positive = engine.head.title_logprobs(prompt.hidden, batch.titles, batch.start)[chosen][:, None]
+        ranking = beam_search(engine, prompt, places, count + engine.trie.max_duplicates)
+        target = batch.titles[chosen][:, None]
+        best, scores = best_others(engine.trie, ranking, target, count)
+        groups = Groups(batch.event[chosen], torch.cat([target, best], 1), torch.cat([positive, scores], 1), None)
+        return groups[objective.trains(groups.old_logprobs, self.model.dial.window)]
 
     def step(self, objective: Any, batch: Batch, groups: Groups | None) -> None:
         """Take an optimiser step."""
@@ -286,11 +317,22 @@ def main() -> None:
     print("\nwaits for the device")
     for size in (max(1, len(trained[0]) // 2), len(trained[0])):
         batch = trained[0][torch.arange(size)]
-        with Waits() as search:
+        with Waits() as waits, Passes(model) as passes:
             compared.find(batch, False)
-        with Waits() as step:
+        print(f"  refresh of {size} stretches, {passes.count} passes: {waits}")
+        with Waits() as waits:
             compared.step(anchored, batch, shared)
-        print(f"  {size} stretches: refresh {search}; step {step}")
+        print(f"  step on {size} stretches: {waits}")
+    model.eval()
+    rows = data.evaluation_rows("val")[: data.eval_batch_size]
+    for size in (max(1, len(rows) // 2), len(rows)):
+        [batch] = data.batches(rows[:size], size)
+        with Waits() as waits, Passes(model) as passes:
+            ranking = model.rank(batch)
+        print(f"  ranking of {size} rows, {passes.count} passes: {waits}")
+        with Waits() as waits:
+            model.evaluations["val"].update(ranking, batch.target, torch.zeros_like(ranking.valid))
+        print(f"  update of the metrics by {size} rows: {waits}")
 
 
 def with_anchor(objective: TAWin, coef: float) -> TAWin:

@@ -23,25 +23,25 @@ def tokens_of(loader: DataLoader[Batch]) -> tuple[int, int]:
     return sum(real for real, _ in batches), sum(padded for _, padded in batches)
 
 
-def main(data: HistoryDataModule, rows: int = 20_000) -> None:
-    """Prepare the data and go through the rows of an epoch.
+def main(data: HistoryDataModule, stretches: int = 2_000) -> None:
+    """Prepare the data and go through the stretches of an epoch.
 
     Args:
         data: The data module; a file of `configs/data/` or one like it.
-        rows: Rows of policy optimisation to go through.
+        stretches: Stretches to go through.
     """
-    data.rows_per_epoch = rows
+    data.policy_stretches = stretches
     tokenizer = LLMPolicy().tokenizer
     loading, _ = timed(data.load)
     tokenizing, _ = timed(data.tokenize, tokenizer)
     print(f"{len(data.catalog)} items, {len(data.histories.items)} interactions")
     print(f"load {loading:.2f} s, tokenise {tokenizing:.2f} s")
-    drawn = data.train_rows(0)
-    loader = data.batches(drawn, data.batch_size, [data.seed, 0])
+    dataset = data.dataset(data.plan(0, supervised=False), supervised=False)
+    loader = DataLoader(dataset, batch_size=None, num_workers=data.num_workers)
     seconds, (real, padded) = timed(tokens_of, loader)
     print(
-        f"{len(drawn)} rows in batches of {data.batch_size}, {data.num_workers} workers: {real / seconds:,.0f} tokens "
-        f"per second, {1 - real / padded:.2%} padding"
+        f"{stretches} stretches in batches of {data.batch_size}, {data.num_workers} workers: "
+        f"{real / seconds:,.0f} tokens per second, {1 - real / padded:.2%} padding"
     )
 
 

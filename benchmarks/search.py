@@ -65,7 +65,8 @@ def tree_search(engine: TreeEngine, setting: Setting, beams: int) -> Callable[[i
     """The engine's search, one user at a time as the alternative."""
 
     def run(user: int) -> Result:
-        found = beam_search(engine, engine.prefill(*setting.prompt(user)), beams)
+        tokens, places = setting.prompt(user)
+        found = beam_search(engine, engine.prefill(tokens), places, beams)
         return found.items[0].tolist(), found.scores[0].tolist()
 
     return run

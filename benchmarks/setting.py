@@ -13,6 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from recsys.data import Catalog, HistoryDataModule, MovieLens100K, PromptEncoder, PromptTemplate
 from recsys.policy import LLMPolicy
+from recsys.tree import Places
 from recsys.trie import Trie
 
 
@@ -61,10 +62,10 @@ class Setting:
         """Return the catalogue's trie on the policy's device."""
         return Trie.from_sequences(self.items).to(self.device)
 
-    def prompt(self, user: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return one user's prompt as a batch of one: tokens ``[1, L]`` and length ``[1]``."""
+    def prompt(self, user: int) -> tuple[torch.Tensor, Places]:
+        """Return one user's prompt as a batch of one, tokens ``[1, L]``, and its end."""
         tokens = torch.tensor([self.prompts[user]], device=self.device)
-        return tokens, torch.tensor([tokens.shape[1]], device=self.device)
+        return tokens, Places.ends(torch.tensor([tokens.shape[1]], device=self.device))
 
     def __str__(self) -> str:
         lengths = [len(sequence) for sequence in self.items], [len(prompt) for prompt in self.prompts]

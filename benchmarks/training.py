@@ -32,7 +32,8 @@ def groups_of(setting: Setting, size: int) -> Tensor:
     engine = TreeEngine(setting.policy, setting.trie(), "vocab")
     groups = []
     for user, target in enumerate(setting.targets):
-        found = beam_search(engine, engine.prefill(*setting.prompt(user)), size + engine.trie.max_duplicates)
+        tokens, places = setting.prompt(user)
+        found = beam_search(engine, engine.prefill(tokens), places, size + engine.trie.max_duplicates)
         others = found.items[0][engine.trie.leaf[found.items[0]] != engine.trie.leaf[target]]
         groups.append(torch.cat([others.new_tensor([target]), others[: size - 1]]))
     return torch.stack(groups)

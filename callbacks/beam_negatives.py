@@ -131,20 +131,20 @@ class BeamNegatives(GroupSource):
         """Find the groups of a batch's rows that the module's objective trains."""
         engine, objective, count = module.engine, module.objective, module.dial.group_negatives
         assert isinstance(objective, GroupObjective)
-        chosen = (batch.event >= 0) & (batch.row >= 0)[:, None]
-        prompt, places = engine.prefill(batch.tokens), Places.at(chosen, batch.start)
-        row, target = batch.event[chosen], batch.titles[chosen][:, None]
-        positive = engine.head.title_logprobs(prompt.hidden, batch.titles, batch.start)[chosen][:, None]
+        at = ((batch.event >= 0) & (batch.row >= 0)[:, None]).nonzero(as_tuple=True)
+        prompt, places = engine.prefill(batch.tokens), Places(at[0], batch.start[at])
+        row, target = batch.event[at], batch.titles[at][:, None]
+        positive = engine.head.title_logprobs(prompt.hidden, batch.titles, batch.start)[at][:, None]
         rows, found = len(row), 0
         best, best_scores = target[:, :0], positive[:, :0]
         if most := math.ceil(count * self.best_share):
             limits = objective.trained_ranks(module.dial.window, count) if most == count else None
             wanted = None if limits is None else Wanted(positive[:, 0], *limits)
             ranking = best_first_search(engine, prompt, places, most + 1, wanted)
-            kept = ranking.valid.any(1)
+            kept = ranking.valid.any(1).nonzero()[:, 0]
             row, target, positive, places = row[kept], target[kept], positive[kept], places[kept]
-            best, best_scores, hits = _others(engine.trie, ranking[kept], target, most)
-            found = int(hits.sum())
+            best, best_scores = best_others(engine.trie, ranking[kept], target, most)
+            found = int((positive >= best_scores[:, -1:]).sum())
         drawn = target[:, :0]
         if best.shape[1] < count:
             excluded = torch.cat([engine.trie.same_title(target[:, 0]), best], 1)
@@ -194,15 +194,14 @@ class FoundGroups:
 
     groups: Groups  # of the rows whose groups are trained
     rows: int
-    found: int  # rows whose positive the search found
+    found: int  # rows whose positive is not below all of the policy's best that the search found
 
 
-def _others(trie: Trie, ranking: Ranking, target: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the best negatives ``[R, count]`` of lists, their scores, and whether the positive is listed ``[R]``."""
-    found = ((ranking.items == target) & ranking.valid).any(1)
+def best_others(trie: Trie, ranking: Ranking, target: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the best negatives ``[R, count]`` of lists, and their scores."""
     other = ranking.valid & (trie.leaf[ranking.items] != trie.leaf[target])
     place = other.int().argsort(dim=1, descending=True, stable=True)[:, :count]
-    return ranking.items.gather(1, place), ranking.scores.gather(1, place), found
+    return ranking.items.gather(1, place), ranking.scores.gather(1, place)
 
 
 def _gathered(trainer: Trainer, parts: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:

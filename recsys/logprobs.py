@@ -104,9 +104,10 @@ class TrieHead:
         node = torch.nn.functional.pad(tree.node, (1, 0))  # [P, 1 + N], trie node of each slot
         used = (node < len(self.trie)) & self.predicts(node.clamp(max=len(self.trie) - 1))
         row = used.flatten().cumsum(0).view(used.shape) - 1  # rows of the head, only where something is predicted
-        place, item, _ = edge.nonzero(as_tuple=True)
-        flat = edge.flatten(1)
-        logprobs = self._edge_logprobs(hidden[used], node[used], row.gather(1, slot)[flat], tree.path[edge])
+        place, item, step = edge.nonzero(as_tuple=True)
+        at = used.nonzero(as_tuple=True)
+        row = row.gather(1, slot).view(edge.shape)
+        logprobs = self._edge_logprobs(hidden[at], node[at], row[place, item, step], tree.path[place, item, step])
         scores = logprobs.new_zeros(tree.path.shape[:2])
         return scores.index_put((place, item), logprobs, accumulate=True)
 
@@ -124,7 +125,7 @@ class TrieHead:
         path = self.trie.paths(titles.clamp(min=0))  # [B, C, D]
         before, edge = self._edges(path)
         edge &= (titles >= 0)[..., None]
-        user, title, step = edge.nonzero(as_tuple=True)
+        user, title, step = at = edge.nonzero(as_tuple=True)
         row = torch.arange(len(user), device=user.device)
-        logprobs = self._edge_logprobs(hidden[user, start[user, title] - 1 + step], before[edge], row, path[edge])
+        logprobs = self._edge_logprobs(hidden[user, start[user, title] - 1 + step], before[at], row, path[at])
         return logprobs.new_zeros(titles.shape).index_put((user, title), logprobs, accumulate=True)

@@ -162,10 +162,11 @@ class GroupObjective(Objective):
         if not self.anchor_coef:
             some = _at_least_one(grouped.any(1))
             batch, index, grouped = batch[some], index[some], grouped[some]
-        index = index[grouped]
-        negatives, hidden = engine.forward(batch.tokens, Places.at(grouped, batch.start), groups.items[index, 1:])
+        at = grouped.nonzero(as_tuple=True)
+        index = index[at]
+        negatives, hidden = engine.forward(batch.tokens, Places(at[0], batch.start[at]), groups.items[index, 1:])
         titles = engine.head.title_logprobs(hidden, batch.titles, batch.start)
-        scores = torch.cat([titles[grouped][:, None], negatives], 1)
+        scores = torch.cat([titles[at][:, None], negatives], 1)
         reference = None if groups.ref_logprobs is None else groups.ref_logprobs[index]
         parts = self.loss(ScoredGroups(scores, groups.old_logprobs[index], reference, window))
         means = {name: value.sum() / rows for name, value in parts.items()}

@@ -203,14 +203,15 @@ def _top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def _children(engine: TreeEngine, paths: _Paths) -> tuple[Tensor, Tensor, Tensor]:
     """Return the children of the open paths of each place, their paths and scores: ``[P, E]``, -inf past the last."""
     alive = paths.score > -torch.inf
-    logprobs, children, row = engine.head.child_logprobs(paths.hidden[alive], paths.node[alive])
-    user, path = (index[row] for index in alive.nonzero(as_tuple=True))
-    count = user.bincount(minlength=len(alive))  # a place's candidates stand one after another
-    place = torch.arange(len(user), device=user.device) - (count.cumsum(0) - count)[user]
+    at, path = alive.nonzero(as_tuple=True)
+    logprobs, children, row = engine.head.child_logprobs(paths.hidden[at, path], paths.node[at, path])
+    at, path = at[row], path[row]
+    count = at.new_zeros(len(alive)).index_add(0, at, torch.ones_like(at))  # a place's stand one after another
+    column = torch.arange(len(at), device=at.device) - (count.cumsum(0) - count)[at]
     child = children.new_zeros(len(alive), int(count.max()))
     source, score = torch.zeros_like(child), logprobs.new_full(child.shape, -torch.inf)
-    child[user, place], source[user, place] = children, path
-    score[user, place] = logprobs + paths.score[user, path]
+    child[at, column], source[at, column] = children, path
+    score[at, column] = logprobs + paths.score[at, path]
     return child, source, score
 
 

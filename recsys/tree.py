@@ -33,7 +33,8 @@ class Places:
     @classmethod
     def at(cls, chosen: Tensor, start: Tensor) -> Places:
         """Return the places before the ``chosen [B, C]`` titles of prompts, which start at ``start [B, C]``."""
-        return cls(chosen.nonzero()[:, 0], start[chosen])
+        prompt, title = chosen.nonzero(as_tuple=True)
+        return cls(prompt, start[prompt, title])
 
     def __len__(self) -> int:
         return len(self.prompt)

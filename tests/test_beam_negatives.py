@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy.stats
 import torch
 from lightning.pytorch import Callback
 
+from callbacks import BeamNegatives
+from recsys.functional import sample_outside
 from recsys.groups import Groups
-from recsys.objectives import GRPO
+from recsys.objectives import GRPO, TAWin
+from recsys.tree import Places
+from recsys.types import UserError
 from tests.conftest import TITLES, Run
 from tests.naive import all_logprobs
 
@@ -19,10 +26,14 @@ class Refreshes(Callback):
 
     def __init__(self) -> None:
         self.seen: list[Groups] = []
+        self.clipped: list[float] = []
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
         if module.groups is not None and (not self.seen or self.seen[-1] is not module.groups):
             self.seen.append(module.groups)
+
+    def on_train_batch_end(self, trainer, *args) -> None:
+        self.clipped.append(trainer.callback_metrics["train/clipped"].item())
 
 
 def run_with(tables, folder: Path, mode: str, epochs: int = 2, **options) -> tuple[Run, list[Groups]]:
@@ -38,12 +49,28 @@ def run_with(tables, folder: Path, mode: str, epochs: int = 2, **options) -> tup
     return run.fit(), refreshes.seen
 
 
+def rows_of(run: Run, stretches: list[int] | np.ndarray) -> list[int]:
+    """Every event of the stretches that is not the first of its prompt."""
+    h, size = run.data.histories, run.data.prompt.max_history
+    return sorted(e for row in stretches for e in range(h.history_start(np.array([row]), size)[0] + 1, row + 1))
+
+
+def context(run: Run, row: int, stretches: np.ndarray) -> list[int]:
+    """The tokens that precede a row in its stretch; the last one's are its prompt."""
+    h, size = run.data.histories, run.data.prompt.max_history
+    last = stretches[stretches >= row].min()
+    first = h.history_start(np.array([last]), size)[0]
+    prompt = run.data.encoder.encode(h.items[first:last]).tokens
+    later = sum(len(run.data.item_tokens[h.items[e]]) for e in range(row, last))
+    return prompt[: len(prompt) - later]
+
+
 @pytest.mark.parametrize("mode", ["beam", "random", "mixed"])
 def test_groups_hold_the_positive_first_and_different_negatives_with_other_titles(tables, tmp_path, mode) -> None:
     run, seen = run_with(tables, tmp_path, mode)
     assert len(seen) == 2
     for epoch, groups in enumerate(seen):
-        assert groups.row.tolist() == sorted(run.data.train_rows(epoch).tolist())
+        assert groups.row.tolist() == rows_of(run, run.data.stretches(epoch, supervised=False))
         for row, items in zip(groups.row.tolist(), groups.items.tolist(), strict=True):
             assert items[0] == run.data.histories.items[row]
             assert len(set(items)) == 9
@@ -52,13 +79,12 @@ def test_groups_hold_the_positive_first_and_different_negatives_with_other_title
 
 @pytest.mark.parametrize(("mode", "beams"), [("beam", 8), ("mixed", 4), ("random", 0)])
 def test_behaviour_is_the_policys_log_probability_and_beams_are_its_best(tables, tmp_path, mode, beams) -> None:
-    """Against a full row through the model for every item of the catalogue."""
+    """Against a full row through the model for every item of the catalogue, behind what precedes the row alone."""
     model = {"objective": GRPO(learning_rate=0.0), "warm_start_epochs": 0}
     run = Run(tables, tmp_path, model=model, max_epochs=1, negatives={"mode": mode}).fit()
-    groups, policy = run.model.groups, run.model.policy.eval()
-    for index in range(0, len(groups.row), 8):
-        row = groups.row[index].item()
-        prompt = run.data.encoder.encode(run.data.histories.history(row, 4)).tokens
+    groups, policy, stretches = run.model.groups, run.model.policy.eval(), run.data.stretches(0, supervised=False)
+    for index in range(0, len(groups.row), 17):
+        prompt = context(run, groups.row[index].item(), stretches)
         with torch.no_grad():
             scores = all_logprobs(policy, prompt, run.data.item_tokens, "trie")
         items = groups.items[index]
@@ -68,33 +94,85 @@ def test_behaviour_is_the_policys_log_probability_and_beams_are_its_best(tables,
         torch.testing.assert_close(scores[items[1 : 1 + beams]], best, atol=1e-4, rtol=1e-4)
 
 
-def test_found_says_whether_the_positive_is_among_the_best(tables, tmp_path) -> None:
+@pytest.mark.parametrize("objective", [GRPO(train_missed=False), TAWin(), TAWin(gate="none"), TAWin(gate="sigmoid")])
+@pytest.mark.parametrize("normalization", ["trie", "vocab"])
+def test_a_search_that_ends_early_leaves_out_no_group_that_is_trained(
+    tables, tmp_path, objective, normalization
+) -> None:
+    """Against the exact scores of the whole catalogue: the same rows, and the same groups."""
+    objective.learning_rate = 0.0
+    model = {"objective": objective, "warm_start_epochs": 1, "normalization": normalization}
+    run = Run(tables, tmp_path, model=model, negatives={"count": 6}).fit()
+    engine, window, trie = run.model.engine, run.model.dial.window, run.model.engine.trie
+    run.model.eval()
+    rows, groups = [], []
+    with torch.no_grad():
+        for batch in run.data.batches(run.data.stretches(0, supervised=False), 8, supervised=False):
+            chosen = batch.event >= 0
+            scores = engine.score_all(engine.prefill(batch.tokens), Places.at(chosen, batch.start))
+            target = batch.titles[chosen][:, None]
+            best = scores.masked_fill(trie.leaf == trie.leaf[target], -torch.inf).topk(6).values
+            rows.append(batch.event[chosen])
+            groups.append(torch.cat([scores.gather(1, target), best], 1))
+    row, logprobs = torch.cat(rows), torch.cat(groups)
+    above = (logprobs[:, 1:] > logprobs[:, :1]).sum(1)
+    if objective.windowed and objective.gate == "threshold":
+        expected = (above >= math.floor(window.start)) & (above <= math.ceil(window.end))
+    else:
+        expected = above < 6
+    assert 0 < expected.sum() < len(row)
+    found = run.model.groups
+    assert found.row.tolist() == sorted(row[expected].tolist())
+    order = row[expected].argsort()
+    torch.testing.assert_close(found.old_logprobs, logprobs[expected][order], atol=1e-4, rtol=1e-4)
+
+
+def test_found_counts_the_positives_among_the_best(tables, tmp_path) -> None:
     model = {"objective": GRPO(learning_rate=0.0), "warm_start_epochs": 0}
     run = Run(tables, tmp_path, model=model, max_epochs=1, negatives={"count": 4}).fit()
-    policy, trie = run.model.policy.eval(), run.model.engine.trie
-    [batch] = run.data.batches(run.data.train_rows(0), 32)
-    _, _, found = run.negatives.groups_of(run.model, batch, torch.Generator())
-    beams = 4 + trie.max_duplicates
-    for tokens, length, target, was_found in zip(batch.tokens, batch.length, batch.target, found, strict=True):
+    policy, stretches = run.model.policy.eval(), run.data.stretches(0, supervised=False)[:8]
+    [batch] = run.data.batches(stretches, 32, supervised=False)
+    found = run.negatives.groups_of(run.model, batch, torch.Generator())
+    expected = 0
+    for row in rows_of(run, stretches):
         with torch.no_grad():
-            scores = all_logprobs(policy, tokens[:length].tolist(), run.data.item_tokens, "trie")
-        assert bool(was_found) == bool((scores > scores[target] + 1e-4).sum() < beams)
-    assert 0 < found.sum() < 32
+            scores = all_logprobs(policy, context(run, row, stretches), run.data.item_tokens, "trie")
+        positive = run.data.histories.items[row]
+        other = torch.tensor([title != TITLES[positive] for title in TITLES])
+        expected += int((other & (scores > scores[positive] + 1e-4)).sum() < 4)
+    assert (found.rows, found.found) == (len(rows_of(run, stretches)), expected)
+    assert 0 < expected < found.rows
 
 
 def test_refresh_every_n_epochs_covers_the_epochs_between(tables, tmp_path) -> None:
     run, seen = run_with(tables, tmp_path, "beam", epochs=4, every_n_epochs=2)
     assert len(seen) == 2
     for groups, epochs in zip(seen, ((0, 1), (2, 3)), strict=True):
-        expected = {row for e in epochs for row in run.data.train_rows(e).tolist()}
-        assert groups.row.tolist() == sorted(expected)
+        stretches = {row for e in epochs for row in run.data.stretches(e, supervised=False).tolist()}
+        assert groups.row.tolist() == rows_of(run, stretches)
 
 
-def test_refresh_every_n_steps(tables, tmp_path) -> None:
-    _, seen = run_with(tables, tmp_path, "beam", epochs=1, every_n_steps=1)
-    assert len(seen) == 4  # 32 rows in batches of 8
-    assert all(torch.equal(a.row, seen[0].row) for a in seen)
-    assert not torch.equal(seen[0].old_logprobs, seen[-1].old_logprobs)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_refresh_every_n_steps_takes_the_rows_of_the_steps_to_come(tables, tmp_path, accumulate: int) -> None:
+    refreshes = Refreshes()
+    run = Run(
+        tables,
+        tmp_path,
+        model={"objective": GRPO(learning_rate=1e-2), "warm_start_epochs": 0},
+        max_epochs=1,
+        accumulate_grad_batches=accumulate,
+        negatives={"every_n_steps": 1},
+        callbacks=[refreshes],
+    ).fit()
+    plan = run.data.plan(0, supervised=False)  # 32 stretches in batches of 8
+    batches = [np.concatenate(plan[i : i + accumulate]) for i in range(0, 4, accumulate)]
+    assert [groups.row.tolist() for groups in refreshes.seen] == [rows_of(run, batch) for batch in batches]
+    assert all(value == 0 for value in refreshes.clipped)  # the policy's own groups of that moment: every ratio is 1
+
+
+def test_two_schedules_at_once_are_refused() -> None:
+    with pytest.raises(UserError, match="every_n_epochs and every_n_steps: set one"):
+        BeamNegatives(every_n_epochs=2, every_n_steps=4)
 
 
 def test_random_negatives_change_with_the_epoch_and_repeat_with_the_seed(tables, tmp_path) -> None:
@@ -106,9 +184,25 @@ def test_random_negatives_change_with_the_epoch_and_repeat_with_the_seed(tables,
     assert any(set(a) != set(b) for a, b in pairs)
 
 
-def test_a_row_without_a_group_is_an_error() -> None:
+def test_groups_tell_which_rows_they_hold() -> None:
     groups = Groups(torch.tensor([2, 5]), torch.zeros(2, 3), torch.zeros(2, 3), None)
-    assert groups.find(torch.tensor([5, 2])).tolist() == [1, 0]
-    for row in (1, 3, 9):
-        with pytest.raises(KeyError, match=f"row {row}"):
-            groups.find(torch.tensor([2, row]))
+    index, grouped = groups.find(torch.tensor([[5, 1], [2, 9]]))
+    assert grouped.tolist() == [[True, False], [True, False]]
+    assert index[grouped].tolist() == [1, 0]
+    assert not groups[torch.zeros(2, dtype=torch.bool)].find(torch.tensor([2]))[1].any()
+
+
+def test_drawn_negatives_are_uniform_over_what_is_not_excluded() -> None:
+    generator = torch.Generator().manual_seed(0)
+    excluded = torch.tensor([[3, -1, 0], [-1, -1, 9], [9, 7, 8]]).repeat(4000, 1)
+    drawn = sample_outside(excluded, 10, 5, generator)
+    assert ((drawn >= 0) & (drawn < 10)).all()
+    assert not (drawn[:, :, None] == excluded[:, None]).any()
+    assert (drawn.sort(1).values.diff(dim=1) > 0).all()
+    for kind, left in enumerate((8, 9, 7)):
+        count = drawn[kind::3].flatten().bincount(minlength=10).double()
+        count = count[count > 0]
+        assert len(count) == left
+        assert scipy.stats.chisquare(count).pvalue > 1e-3
+    everything = sample_outside(torch.tensor([[3, -1, 0]]), 10, 8, generator)
+    assert everything.sort(1).values.tolist() == [[1, 2, 4, 5, 6, 7, 8, 9]]

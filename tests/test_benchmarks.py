@@ -177,7 +177,7 @@ def test_other_data_keeps_the_sizes_of_what_it_replaces(name: str, monkeypatch: 
     files = {key: str(root / "data" / name / f"{key}.csv") for key in ("interactions", "items")}
     assert amazon["data"]["source"]["init_args"].items() >= files.items()
     changed = {key for key, value in amazon["data"].items() if value != small["data"][key]}
-    assert changed == {"source", "prompt", "fresh_share", "val_rows"}  # all validation rows
+    assert changed == {"source", "prompt", "fresh_share", "val_rows", "policy_stretches"}  # all validation rows
     assert amazon["data"]["val_rows"] is None
     del small["data"], amazon["data"]
     assert amazon == small

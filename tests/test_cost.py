@@ -60,7 +60,7 @@ def test_steps_batches_and_token_rows_are_those_of_a_fit(normalization: str, tab
     run = Run(tables, tmp_path / "fit", **settings, callbacks=[counted]).fit()
     assert sum(work.steps for work in cost.work.values()) == run.trainer.global_step
     assert {name: len(cost.work[name].batches) for name in counted.batches} == counted.batches
-    assert len(cost.work[SEARCH].batches) == 2 * 2 * 2  # 2 refreshes in each of 2 epochs, of 32 rows in batches of 16
+    assert len(cost.work[SEARCH].batches) == 2 * 2  # 2 refreshes in each of 2 epochs, each of 16 stretches in one batch
     for name in counted.rows:
         assert cost.work[name].token_rows == pytest.approx(counted.rows[name], rel=0.25), name
     refreshes = run.model.engine.token_rows - sum(counted.rows.values())

@@ -219,7 +219,9 @@ def test_evaluation_rows_are_spread_over_time():
         assert sorted(rows_of(loader)) == sorted(module.histories.test)
 
 
-@pytest.mark.parametrize("name", ["batch_size", "eval_batch_size", "policy_stretches", "supervised_stretches", "val_rows"])
+@pytest.mark.parametrize(
+    "name", ["batch_size", "eval_batch_size", "policy_stretches", "supervised_stretches", "val_rows"]
+)
 def test_sizes_must_be_positive(name):
     with pytest.raises(UserError, match=f"data.{name} must be at least 1"):
         data(**{name: 0})

@@ -1,6 +1,7 @@
 """The engine and the search against one full row per item through the whole model."""
 
 import copy
+import functools
 import random
 from types import SimpleNamespace
 
@@ -379,16 +380,17 @@ def test_without_a_place_a_pass_and_a_search_return_nothing() -> None:
         assert search(engine, engine.prefill(tokens), nowhere, 4).items.shape[0] == 0
 
 
+@functools.cache
 def random_catalogue(seed: int, normalization: str) -> tuple[TreeEngine, torch.Tensor, Places, torch.Tensor]:
     """A policy with clear preferences, prompts, places in them, and the exact scores there."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
     policy = Shape(rng.choice(["llama", "gpt2"]))
     policy.build(torch.device("cpu"))
-    sequences = [[rng.randint(1, 6) for _ in range(rng.randint(1, 5))] + [0] for _ in range(rng.randint(20, 120))]
+    sequences = [[rng.randint(1, 6) for _ in range(rng.randint(1, 5))] + [0] for _ in range(rng.randint(20, 60))]
     engine = TreeEngine(policy, Trie.from_sequences(sequences), normalization)
     tokens, length = batch([[rng.randint(7, 256) for _ in range(rng.randint(2, 12))] for _ in range(4)])
-    chosen = torch.tensor([[rng.random() < 0.5 for _ in range(12)] for _ in range(4)])
+    chosen = torch.tensor([[rng.random() < 0.3 for _ in range(12)] for _ in range(4)])
     start = torch.arange(1, 13).expand(4, -1)
     places = Places.at(chosen & (start <= length[:, None]), start)
     cut = [tokens[b, :n].tolist() for b, n in zip(places.prompt.tolist(), places.start.tolist(), strict=True)]
@@ -398,7 +400,7 @@ def random_catalogue(seed: int, normalization: str) -> tuple[TreeEngine, torch.T
 
 
 @pytest.mark.parametrize("normalization", ["trie", "vocab"])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("width", [1, 8])
 def test_best_first_search_is_exact(seed: int, normalization: str, width: int) -> None:
     engine, tokens, places, scores = random_catalogue(seed, normalization)
@@ -412,7 +414,7 @@ def test_best_first_search_is_exact(seed: int, normalization: str, width: int) -
 
 
 @pytest.mark.parametrize("normalization", ["trie", "vocab"])
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("fewest", "most"), [(0, 3), (2, 6), (4, 9)])
 def test_a_list_is_given_up_only_if_the_whole_catalogue_says_so(
     seed: int, normalization: str, fewest: int, most: int

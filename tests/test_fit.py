@@ -19,6 +19,7 @@ from recsys.metrics.ranking import RowMean
 from recsys.module import Recommender
 from recsys.objectives import GRPO, SoftmaxDPO, SupervisedFineTuning, TAWin
 from recsys.policy import LLMPolicy, Lora, TinyPolicy
+from recsys.tree import Places
 from recsys.types import UserError
 from recsys.window import Window
 from tests.conftest import Run
@@ -232,13 +233,16 @@ def test_reference_is_the_policy_after_the_warm_start(tables, tmp_path: Path) ->
     run = Run(tables, tmp_path, model={"objective": objective}, max_epochs=3, callbacks=[Snapshot()]).fit()
     assert all(torch.equal(weight, run.negatives.start[name]) for name, weight in after_warm_start.items())
     groups, policy = run.negatives.groups, run.model.policy.eval()
-    batch = next(iter(run.data.batches(groups.row[:4].numpy(), 4)))
-    items = groups.items[groups.find(batch.row)]
+    [batch] = run.data.batches(run.data.stretches(1, supervised=False)[:4], 4, supervised=False)
+    index, grouped = groups.find(batch.event)
+    index = index[grouped]
+    assert len(index) > 10
     with torch.no_grad(), policy.using(run.negatives.start):
-        expected, _ = run.model.engine.forward(batch.tokens, batch.length, items)
-    found = groups.ref_logprobs[groups.find(batch.row)]
+        places = Places.at(grouped, batch.start)
+        expected, _ = run.model.engine.forward(batch.tokens, places, groups.items[index])
+    found = groups.ref_logprobs[index]
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-    assert (groups.old_logprobs[groups.find(batch.row)] - found).abs().max() > 1e-3
+    assert (groups.old_logprobs[index] - found).abs().max() > 1e-3
 
 
 def test_start_from_an_existing_adapter(tables, tmp_path: Path) -> None:
@@ -442,10 +446,16 @@ def test_two_processes_validate_as_one(tables, tmp_path: Path) -> None:
 
 
 def test_two_processes_train(tables, tmp_path: Path) -> None:
-    """Both processes share the refresh; their weights and the checkpoint agree."""
-    run = Run(tables, tmp_path, strategy="ddp_spawn", devices=2, max_epochs=2).fit()
-    [last] = tmp_path.glob("checkpoints/test/*/last.ckpt")
-    saved = torch.load(last, weights_only=False)
-    groups = saved["callbacks"]["BeamNegatives"]["groups"]
-    run.data.load()
-    assert groups["row"].tolist() == sorted(run.data.train_rows(0).tolist())
+    """Both processes share the refresh, though they find unequally many groups; the checkpoint has those of one run."""
+    settings = {"max_epochs": 2, "model": {"objective": TAWin(learning_rate=0.0)}, "data": {"policy_stretches": 25}}
+    saved = []
+    for folder, processes in (("two", {"strategy": "ddp_spawn", "devices": 2}), ("one", {})):
+        settings["model"]["warm_start"] = SupervisedFineTuning(learning_rate=0.0)
+        Run(tables, tmp_path / folder, **settings, **processes).fit()
+        [last] = (tmp_path / folder).glob("checkpoints/test/*/last.ckpt")
+        saved.append(torch.load(last, weights_only=False)["callbacks"]["BeamNegatives"]["groups"])
+    two, one = saved
+    assert len(one["row"]) % 2 == 1
+    assert torch.equal(two["row"], one["row"])
+    assert torch.equal(two["items"], one["items"])
+    torch.testing.assert_close(two["old_logprobs"], one["old_logprobs"], atol=1e-4, rtol=1e-4)

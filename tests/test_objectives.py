@@ -11,8 +11,9 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 from recsys.objectives import GRPO, GroupObjective, ScoredGroups, SoftmaxDPO, TAWin
+from recsys.tree import Places
 from recsys.types import Batch, UserError
-from recsys.window import Window
+from recsys.window import ResolvedWindow, Window
 from tests.conftest import Run
 from tests.naive import item_logprob
 
@@ -30,22 +31,33 @@ def random_groups(count: int = 200, size: int = 9) -> ScoredGroups:
 def test_grpo_without_injected_positives_is_grpo_on_the_beam() -> None:
     """ReRe: the group is the beam of ``size - 1`` items, reward 1 where it is the positive, standardised."""
     groups = random_groups()
-    trains = GRPO(train_missed=False).trains(groups.old_logprobs)
+    trains = GRPO(train_missed=False).trains(groups.old_logprobs, groups.window)
     assert 20 < trains.sum() < 190
     for row in range(len(trains)):
         beam = groups.old_logprobs[row].argsort(descending=True)[:-1]  # without the worst, which a beam would not hold
         rewards = (beam == 0).double()
         assert bool(trains[row]) == bool(rewards.std() > 0)
-    assert bool(GRPO().trains(groups.old_logprobs).all())
+    assert bool(GRPO().trains(groups.old_logprobs, groups.window).all())
 
 
-def test_trained_groups_include_every_open_gate() -> None:
+def test_trained_groups_are_those_whose_gates_are_open() -> None:
     """While the policy is the one that found the negatives, and they reach beyond the window."""
     groups = random_groups()
-    objective = TAWin()
-    is_open = objective.loss(groups)["gate_open"].bool()
+    is_open = TAWin().loss(groups)["gate_open"].bool()
     assert 10 < is_open.sum() < 190
-    assert bool((objective.trains(groups.old_logprobs) | ~is_open).all())
+    assert torch.equal(TAWin().trains(groups.old_logprobs, groups.window), is_open)
+    assert bool(TAWin(train_missed=True).trains(groups.old_logprobs, groups.window).all())
+    found = TAWin(gate="none").trains(groups.old_logprobs, groups.window)
+    assert torch.equal(found, GRPO(train_missed=False).trains(groups.old_logprobs, groups.window))
+
+
+@pytest.mark.parametrize("objective", [GRPO(train_missed=False), TAWin(), TAWin(gate="sigmoid")])
+def test_no_group_beyond_the_trained_ranks_is_trained(objective: GroupObjective) -> None:
+    groups = random_groups()
+    fewest, most = objective.trained_ranks(groups.window, 8)
+    above = (groups.old_logprobs[:, 1:] > groups.old_logprobs[:, :1]).sum(1)
+    within = (above >= fewest) & (above <= most)
+    assert torch.equal(objective.trains(groups.old_logprobs, groups.window), within)  # there are no ties
 
 
 def by_hand(groups: ScoredGroups, row: int, advantages: list[float], clip: float) -> tuple[float, float, float]:
@@ -128,9 +140,9 @@ class Steps(Callback):
     def on_train_start(self, trainer, module) -> None:
         forward = module.engine.forward
 
-        def counted(tokens: Tensor, length: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
-            self.scored.append(len(tokens))
-            return forward(tokens, length, items)
+        def counted(tokens: Tensor, places: Places, items: Tensor) -> tuple[Tensor, Tensor]:
+            self.scored.append(len(items))
+            return forward(tokens, places, items)
 
         module.engine.forward = counted
 
@@ -145,23 +157,22 @@ def run_with(tables, folder: Path, objective: GroupObjective, epochs: int = 1) -
     return run.fit(), steps
 
 
-def test_skipping_groups_below_the_beam_changes_nothing_where_their_gates_stay_shut(tables, tmp_path: Path) -> None:
+def test_skipping_groups_changes_nothing_where_their_gates_stay_shut(tables, tmp_path: Path) -> None:
     rate = {"learning_rate": 1e-6}  # the ranks hardly move within the epoch
     some, skipped = run_with(tables, tmp_path / "some", TAWin(**rate))
     every, _ = run_with(tables, tmp_path / "all", TAWin(**rate, train_missed=True))
     assert any(step["train/gate_open"] > 0 for step in skipped.logged)
-    assert sum(skipped.scored) < 32  # rows of the epoch
     for name, weight in some.weights.items():
         torch.testing.assert_close(weight, every.weights[name], atol=1e-7, rtol=1e-4)
-    share = [step["train/groups"] for step in skipped.logged]
-    assert sum(skipped.scored) >= 8 * sum(share) > 0
-    assert max(share) <= 1
+    rows = sum(int((batch.event >= 0).sum()) for batch in some.data.batches(some.data.stretches(0, False), 8, False))
+    assert 0 < sum(skipped.scored) == len(some.model.groups.row) < rows / 2
+    assert max(step["train/groups"] for step in skipped.logged) <= 1
 
 
 def test_a_batch_without_a_trained_group_changes_no_weight(tables, tmp_path: Path) -> None:
     class NothingFound(GRPO):
-        def trains(self, behaviour: Tensor) -> Tensor:
-            return torch.zeros(len(behaviour), dtype=torch.bool)
+        def trains(self, old_logprobs: Tensor, window: ResolvedWindow) -> Tensor:
+            return torch.zeros(len(old_logprobs), dtype=torch.bool)
 
     before: dict[str, Tensor] = {}
 
@@ -171,6 +182,7 @@ def test_a_batch_without_a_trained_group_changes_no_weight(tables, tmp_path: Pat
 
     model = {"objective": NothingFound(learning_rate=0.1), "warm_start_epochs": 0}
     run = Run(tables, tmp_path, model=model, max_epochs=1, callbacks=[Snapshot()]).fit()
+    assert len(run.model.groups.row) == 0
     assert all(torch.equal(weight, before[name]) for name, weight in run.weights.items())
 
 
@@ -181,13 +193,14 @@ def test_softmax_dpo_is_given_the_policy_of_its_start(tables, tmp_path: Path) ->
     assert steps.logged[-1]["train/loss"] < start - 0.02
 
 
-def anchored_step(tables, folder: Path, objective: GroupObjective) -> tuple[Run, dict[str, Tensor], list[int], Batch]:
-    """One step on a batch of eight rows, of which the search missed some; with the token rows of each pass."""
+def step_on_a_batch(tables, folder: Path, objective: GroupObjective) -> tuple[Run, dict[str, Tensor], list[int], Batch]:
+    """One step on a batch of eight stretches, some of whose rows have no group; with the token rows of each pass."""
     model = {"objective": GRPO(learning_rate=0.0), "warm_start_epochs": 0}
     run = Run(tables, folder, model=model, max_epochs=1, negatives={"count": 10}).fit()
-    engine, passes = run.model.engine, []
-    [batch] = list(run.data.batches(run.data.train_rows(0)[:8], 8))
-    run.model.groups.ref_logprobs = run.model.groups.old_logprobs.clone()
+    engine, passes, groups = run.model.engine, [], run.model.groups
+    [batch] = list(run.data.batches(run.data.stretches(0, False)[:8], 8, supervised=False))
+    groups.ref_logprobs = groups.old_logprobs.clone()
+    run.model.groups = groups[objective.trains(groups.old_logprobs, run.model.dial.window)]
     hidden = run.model.policy.hidden
 
     def counted(tokens: Tensor, *args, **kwargs) -> Tensor:
@@ -203,37 +216,57 @@ def anchored_step(tables, folder: Path, objective: GroupObjective) -> tuple[Run,
 @pytest.mark.parametrize("make", [GRPO, TAWin, SoftmaxDPO])
 @pytest.mark.parametrize("train_missed", [True, False])
 def test_the_anchor_is_the_mean_nll_of_every_title_in_the_batch(tables, tmp_path: Path, make, train_missed) -> None:
-    """Against one full row through the model for each title, also of rows whose groups are skipped."""
+    """Against one full row through the model for each title, also of rows without a group."""
     objective = make(anchor_coef=0.3, train_missed=train_missed)
-    run, parts, _, batch = anchored_step(tables, tmp_path, objective)
+    run, parts, passes, batch = step_on_a_batch(tables, tmp_path, objective)
     plain = make(train_missed=train_missed).step(run.model.engine, batch, run.model.groups, run.model.dial.window)
     policy, sequences = run.model.policy, run.data.item_tokens
     nll, titles = 0.0, 0
     with torch.no_grad():
         for b in range(len(batch)):
             tokens = batch.tokens[b, : batch.length[b]].tolist()
-            titles_of = zip(batch.history[b].tolist(), batch.history_start[b].tolist(), strict=True)
-            places = [(item, start) for item, start in titles_of if item >= 0]
-            for item, start in [*places, (batch.target[b].item(), len(tokens))]:
-                nll -= item_logprob(policy, tokens[:start], sequences, item, "trie").item()
-                titles += 1
+            for item, start in zip(batch.titles[b].tolist(), batch.start[b].tolist(), strict=True):
+                if item >= 0:
+                    nll -= item_logprob(policy, tokens[:start], sequences, item, "trie").item()
+                    titles += 1
     assert parts["anchor"].item() == pytest.approx(nll / titles, rel=1e-4)
     assert parts["loss"].item() == pytest.approx(plain["loss"].item() + 0.3 * nll / titles, rel=1e-4)
     assert 0 < parts["groups"].item() < 1 or train_missed
+    assert len(passes) == 1
 
 
-def test_an_anchored_row_that_is_skipped_goes_without_its_negatives_tree(tables, tmp_path: Path) -> None:
-    run, parts, passes, batch = anchored_step(tables, tmp_path, TAWin(anchor_coef=0.1))
-    skipped = round(8 * (1 - parts["groups"].item()))
-    assert 0 < skipped < 8
-    trains = TAWin().trains(run.model.groups.old_logprobs[run.model.groups.find(batch.row)])
-    part = batch[~trains]
-    tree = run.model.engine.tree_of(part.target[:, None])
-    assert passes[1] == skipped * (part.tokens.shape[1] + tree.node.shape[1])
-    group = run.model.engine.tree_of(run.model.groups.items[run.model.groups.find(batch[trains].row)])
-    assert group.node.shape[1] > 2 * tree.node.shape[1]
-    alone = anchored_step(tables, tmp_path, TAWin())[2]
-    assert len(alone) == 1  # without an anchor the skipped rows cost nothing
+@pytest.mark.parametrize("objective", [GRPO(), TAWin(), TAWin(anchor_coef=0.1)])
+def test_a_step_scores_each_group_behind_what_precedes_its_row(tables, tmp_path: Path, objective) -> None:
+    """Against a full row through the model for each item: the mean loss over the rows, those without a group at 0."""
+    run, parts, _, batch = step_on_a_batch(tables, tmp_path, objective)
+    groups, policy, sequences = run.model.groups, run.model.policy, run.data.item_tokens
+    scores, index, rows = [], [], 0
+    with torch.no_grad():
+        for b in range(len(batch)):
+            tokens = batch.tokens[b, : batch.length[b]].tolist()
+            for event, start in zip(batch.event[b].tolist(), batch.start[b].tolist(), strict=True):
+                rows += event >= 0
+                if event in groups.row.tolist():
+                    index.append(groups.row.tolist().index(event))
+                    of_row = [
+                        item_logprob(policy, tokens[:start], sequences, i, "trie") for i in groups.items[index[-1]]
+                    ]
+                    scores.append(torch.stack(of_row))
+    assert 0 < len(scores) <= rows
+    old, reference = groups.old_logprobs[index], groups.ref_logprobs[index]
+    expected = objective.loss(ScoredGroups(torch.stack(scores), old, reference, run.model.dial.window))
+    assert parts["nll"].item() == pytest.approx(expected["nll"].sum().item() / rows, rel=1e-4)
+    assert parts["policy_loss"].item() == pytest.approx(expected["loss"].sum().item() / rows, rel=1e-3, abs=1e-5)
+    assert parts["groups"].item() == pytest.approx(len(scores) / rows)
+
+
+def test_without_an_anchor_a_stretch_without_a_group_costs_nothing(tables, tmp_path: Path) -> None:
+    run, _, [anchored], batch = step_on_a_batch(tables, tmp_path / "a", TAWin(anchor_coef=0.1))
+    kept = run.model.groups.find(batch.event)[1].any(1)
+    assert 0 < kept.sum() < len(batch)
+    assert anchored >= batch.tokens.numel()
+    _, _, [plain], _ = step_on_a_batch(tables, tmp_path / "b", TAWin())
+    assert plain < anchored
 
 
 def test_an_anchor_below_0_is_refused() -> None:

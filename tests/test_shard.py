@@ -18,6 +18,7 @@ from recsys.objectives import TAWin
 from recsys.policy import LLMPolicy, Lora, TinyPolicy
 from recsys.search import beam_search
 from recsys.shard import ShardedStrategy, shard
+from recsys.tree import Places
 from recsys.types import UserError
 from tests.conftest import Run
 
@@ -79,17 +80,17 @@ class Watch(Callback):
         assert all(p.to_local().numel() * 2 == p.numel() for p in parts)
         assert sum(p.dtype == torch.uint8 for p in parts) == 14
         module.eval()
-        batch = next(iter(module.data.batches(module.data.train_rows(1), 4)))
+        batch = next(iter(module.data.batches(module.data.stretches(1, supervised=False), 4)))
         with torch.no_grad():
-            prompt = module.engine.prefill(batch.tokens, batch.length)
-            both = beam_search(module.engine, prompt, 12)
+            prompt, places = module.engine.prefill(batch.tokens), Places.ends(batch.length)
+            both = beam_search(module.engine, prompt, places, 12)
             before = module.engine.token_rows
             if trainer.global_rank == 1:
-                alone = beam_search(module.engine, prompt, 12)
+                alone = beam_search(module.engine, prompt, places, 12)
                 assert module.engine.token_rows > before
                 assert torch.equal(alone.items, both.items)
                 torch.testing.assert_close(alone.scores, both.scores)
-                module.engine.score(prompt, batch.target[:, None])
+                module.engine.score(prompt, places, batch.target[:, None])
             else:
                 module.engine.wait()
                 module.engine.wait()
