@@ -3,11 +3,12 @@
     recsys fit --config configs/small.yaml --trainer.max_epochs 5
     python benchmarks/groups.py --ckpt_path checkpoints/small/version_0/last.ckpt --config configs/small.yaml
 
-Both ways make and train the groups of the same rows under the same policy, each row with the history that precedes it
-in its stretch. ``exhaustive`` searches a list of full width for every row, one row a prompt; ``shared`` is what
-``BeamNegatives`` and ``TAWin`` do. What follows ``--config`` goes to ``recsys``: another policy, ``--data``, a window.
+All ways make and train the groups of the same rows under the same policy, each row with the history that precedes it
+in its stretch. ``beam`` and ``exact`` search a whole list for every row, one row a prompt, by a beam that is as wide as
+the group, or best first; ``shared`` is what ``BeamNegatives`` and ``TAWin`` do. What follows ``--config`` goes to
+``recsys``: another policy, ``--data``, a window.
 
-Prints for both, and for supervised training on the same stretches: seconds, token rows and titles learnt from; the open
+Prints for each, and for supervised training on the same stretches: seconds, token rows and titles learnt from; the open
 groups trained per second and per million token rows; how far gates and negatives inside the window agree, with each
 other and with the ranks of the whole catalogue; token rows against the least that the same lists and losses need; and
 how often one refresh, one step and one metric update wait for the device.
@@ -18,7 +19,7 @@ from __future__ import annotations
 import argparse
 import copy
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -40,6 +41,9 @@ from recsys.tree import Places, TokenTree
 from recsys.types import Batch
 
 WAITS = ("_local_scalar_dense", "nonzero", "index", "repeat_interleave", "bincount", "_unique2", "masked_select")
+
+
+Find = Callable[[Batch], Groups]
 
 
 @dataclass
@@ -133,21 +137,30 @@ class Comparison:
         self.optimizer = model.configure_optimizers()
         self.generator = torch.Generator(model.device)
 
-    def find(self, batch: Batch, exhaustive: bool) -> Groups:
-        """Return the groups of a batch's rows that TAWin trains."""
+    @torch.no_grad()
+    def refresh(self, batches: list[Batch], find: Find) -> Groups:
+        """Return the groups of all rows that TAWin trains."""
         self.model.eval()
-        with torch.no_grad():
-            find = self.search_all if exhaustive else self.search
-            groups = find(batch)
+        groups = merged([find(batch) for batch in batches])
         self.model.train()
-        return merged([groups])
+        return groups
 
-    def search(self, batch: Batch) -> Groups:
+    def shared(self, batch: Batch) -> Groups:
         """Find groups as the callback does."""
         return self.negatives.groups_of(self.model, batch, self.generator).groups
 
-    def search_all(self, batch: Batch) -> Groups:
-        """Find the group of every row with a beam that holds it, then keep those that are trained."""
+    def exact(self, batch: Batch) -> Groups:
+        """Find the group of every row as the callback does for an objective that trains all, then keep some."""
+        objective = self.model.objective
+        assert isinstance(objective, TAWin)
+        self.model.objective = copy.copy(objective)
+        self.model.objective.train_missed = True
+        groups = self.shared(batch)
+        self.model.objective = objective
+        return groups[objective.trains(groups.old_logprobs, self.model.dial.window)]
+
+    def beam(self, batch: Batch) -> Groups:
+        """Find the group of every row by a beam search that is as wide as the group, then keep some."""
         engine, objective, count = self.model.engine, self.model.objective, self.model.dial.group_negatives
         assert isinstance(objective, GroupObjective)
         chosen = batch.event >= 0
@@ -165,13 +178,12 @@ class Comparison:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def run(self, objective: Any, searched: list[Batch], trained: list[Batch], exhaustive: bool = False) -> Way:
+    def run(self, objective: Any, searched: list[Batch], trained: list[Batch], find: Find | None = None) -> Way:
         """Refresh and train some batches."""
         way, engine = Way(), self.model.engine
         before = engine.token_rows
-        if isinstance(objective, GroupObjective):
-            way.refresh, parts = timed(lambda: [self.find(batch, exhaustive) for batch in searched])
-            way.groups = merged(parts)
+        if find is not None:
+            way.refresh, way.groups = timed(self.refresh, searched, find)
         way.searched, before = engine.token_rows - before, engine.token_rows
         way.training, _ = timed(lambda: [self.step(objective, batch, way.groups) for batch in trained])
         way.trained = engine.token_rows - before
@@ -235,7 +247,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt_path", required=True, help="checkpoint of a warm start of this config")
     parser.add_argument("--stretches", type=int, default=256, help="stretches that are trained on")
-    parser.add_argument("--rows", type=int, default=64, help="rows in a batch of the exhaustive way")
+    parser.add_argument("--rows", type=int, default=64, help="rows in a batch of the other ways")
     parser.add_argument("--checked", type=int, default=32, help="stretches whose groups are compared with exact ranks")
     arguments, rest = parser.parse_known_args()
     cli = RecsysCLI(
@@ -272,13 +284,15 @@ def main() -> None:
     compared = Comparison(model, data, negatives)
     assert isinstance(model.objective, TAWin)
     plain, anchored = (with_anchor(model.objective, coef) for coef in (0.0, 0.1))
-    compared.run(anchored, searched[:1], trained[:1])  # libraries warm up
+    compared.run(anchored, searched[:1], trained[:1], compared.shared)  # libraries warm up
     ways = {
         "supervised": compared.run(SupervisedFineTuning(), [], trained),
-        "exhaustive": compared.run(plain, one_a_prompt, one_a_prompt, exhaustive=True),
-        "exhaustive, anchor": compared.run(anchored, one_a_prompt, one_a_prompt, exhaustive=True),
-        "shared": compared.run(plain, searched, trained),
-        "shared, anchor": compared.run(anchored, searched, trained),
+        "beam": compared.run(plain, one_a_prompt, one_a_prompt, compared.beam),
+        "beam, anchor": compared.run(anchored, one_a_prompt, one_a_prompt, compared.beam),
+        "exact": compared.run(plain, one_a_prompt, one_a_prompt, compared.exact),
+        "exact, anchor": compared.run(anchored, one_a_prompt, one_a_prompt, compared.exact),
+        "shared": compared.run(plain, searched, trained, compared.shared),
+        "shared, anchor": compared.run(anchored, searched, trained, compared.shared),
     }
     print(f"\n{'':20s} refresh s  train s  token rows of both  groups  open  open/s  open/M rows  ms/title")
     for name, way in ways.items():
@@ -291,19 +305,22 @@ def main() -> None:
             line += " " * 34
         print(f"{line} {1e3 * way.seconds / titles:9.2f}")
     per_second = {name: int(opened(w.groups, window).sum()) / w.seconds for name, w in ways.items() if w.groups}
-    print(
-        f"open groups per second, shared / exhaustive: {per_second['shared'] / per_second['exhaustive']:.1f}, with the "
-        f"anchor {per_second['shared, anchor'] / per_second['exhaustive, anchor']:.1f}; seconds per title, TAWin with "
-        f"anchor / supervised: {ways['shared, anchor'].seconds / ways['supervised'].seconds:.2f}"
-    )
-    every, shared = ways["exhaustive"].groups, ways["shared"].groups
-    assert every is not None
+    for base in ("beam", "exact"):
+        ratios = [per_second[f"shared{anchor}"] / per_second[f"{base}{anchor}"] for anchor in ("", ", anchor")]
+        print(f"open groups per second, shared / {base}: {ratios[0]:.1f}, with the anchor {ratios[1]:.1f}")
+    dearer = ways["shared, anchor"].seconds / ways["supervised"].seconds
+    print(f"seconds per title that is learnt from, TAWin with anchor / supervised: {dearer:.2f}")
+    found = {name: ways[name].groups for name in ("beam", "exact", "shared")}
+    beam, exhaustive, shared = found.values()
+    assert beam is not None
+    assert exhaustive is not None
     assert shared is not None
-    print(f"\nexhaustive and shared: {agreement(every, shared, window)}")
+    print(f"\nexact and shared: {agreement(exhaustive, shared, window)}")
+    print(f"beam and shared: {agreement(beam, shared, window)}")
     part = searched[-max(1, arguments.checked // negatives.batch_size) :]
     exact = truth(model, part, model.dial.group_negatives)
     print(f"of {len(exact.row)} rows, with the exact ranks:")
-    for name, groups in (("exhaustive", every), ("shared", shared)):
+    for name, groups in (("beam", beam), ("exact", exhaustive), ("shared", shared)):
         print(f"  {name}: {agreement(exact, groups[torch.isin(groups.row, exact.row)], window)}")
 
     print("\ntoken rows           spent      least  ratio")
@@ -318,7 +335,7 @@ def main() -> None:
     for size in (max(1, len(trained[0]) // 2), len(trained[0])):
         batch = trained[0][torch.arange(size)]
         with Waits() as waits, Passes(model) as passes:
-            compared.find(batch, False)
+            compared.refresh([batch], compared.shared)
         print(f"  refresh of {size} stretches, {passes.count} passes: {waits}")
         with Waits() as waits:
             compared.step(anchored, batch, shared)

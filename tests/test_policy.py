@@ -61,6 +61,28 @@ def test_the_base_is_4_bit_and_the_adapter_float32(local_model: str) -> None:
     assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_that_are_kept_unpacked_compute_the_same(local_model: str, dtype: str) -> None:
+    found = []
+    for kept in (False, True):
+        policy = LLMPolicy(local_model, dtype=dtype, keep_unpacked=kept)
+        policy.build(CPU)
+        with torch.no_grad():
+            for parameter in policy.trainable().values():  # a new adapter adds nothing
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)) * 0.05)
+        unpacks = []
+        for layer in policy.causal_lm.modules():
+            if isinstance(layer, Linear4bit):
+                unpacks.append("forward" not in vars(layer))
+        assert len(unpacks) == 14
+        assert all(unpacks) != kept
+        found.append((policy.hidden(torch.arange(3, 43).view(2, 20)), gradients(policy), set(policy.state_dict())))
+    (hidden, gradient, names), (kept_hidden, kept_gradient, kept_names) = found
+    assert torch.equal(hidden, kept_hidden)
+    torch.testing.assert_close(gradient, kept_gradient)
+    assert names == kept_names  # nothing more is saved
+
+
 def test_quantised_weights_are_those_of_a_4_bit_round_trip(local_model: str) -> None:
     """The quantised policy computes what a full-precision one does whose weights went to NF4 and back."""
     import bitsandbytes.functional as F
