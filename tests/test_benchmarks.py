@@ -39,6 +39,48 @@ def benchmark_main(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Callable[
     return load
 
 
+def test_groups(benchmark_main, tables: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    settings = {
+        "model": {
+            "policy": {"class_path": "recsys.policy.TinyPolicy", "init_args": {"hidden_size": 32}},
+            "warm_start": {
+                "class_path": "recsys.objectives.SupervisedFineTuning",
+                "init_args": {"learning_rate": 0.01},
+            },
+            "warm_start_epochs": 2,
+            "objective": {"class_path": "recsys.objectives.TAWin"},
+            "window": {"k": 3},
+        },
+        "data": {
+            "source": {"class_path": "recsys.data.Table", "init_args": tables},
+            "prompt": {"max_history": 4, "max_tokens": 128},
+        },
+        "trainer": {"max_epochs": 2, "enable_progress_bar": False, "accelerator": "cpu"},
+        "logger": {"name": "small"},
+    }
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(settings))
+    cli_main(["fit", "--config", "small.yaml"])
+    capsys.readouterr()
+    checkpoint = ["--ckpt_path", "checkpoints/small/version_0/last.ckpt", "--stretches", "12"]
+    monkeypatch.setattr(sys, "argv", ["groups.py", *checkpoint, "--config", "small.yaml"])
+    benchmark_main("groups")()
+    out = capsys.readouterr().out
+    both, one, other, same = re.search(
+        r"exact and shared: open in both (\d+), .* (\d+) and (\d+); (.*)% of", out
+    ).groups()
+    assert int(both) > 0
+    assert (one, other, same) == ("0", "0", "100.00")
+    exact = re.findall(r"  (?:exact|shared): open in both (\d+), in one alone (\d+) and (\d+); (.*)% of", out)
+    assert [line[1:] for line in exact] == [("0", "0", "100.00")] * 2
+    ratios = [float(line.split()[-1]) for line in out.splitlines() if line.startswith(("refresh ", "step with"))]
+    assert len(ratios) == 2
+    assert min(ratios) >= 1  # no fewer rows than the least
+    steps = re.findall(r"step on \d+ stretches: (\d+)", out)
+    updates = re.findall(r"metrics by \d+ rows: (\d+)", out)
+    assert len(set(steps)) == len(set(updates)) == 1  # waits do not grow with the batch
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_trie(benchmark_main, capsys: pytest.CaptureFixture[str], shared: bool):
     benchmark_main("trie")(
