@@ -1,4 +1,4 @@
-"""Finds the negatives that policy optimisation trains on: the best items of each train row under the policy itself."""
+"""Finds the negatives that policy optimisation trains on: the best items of each row under the policy itself."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class Groups:
 
 
 class GroupSource(Callback):
-    """A callback that keeps ``module.groups`` filled with the groups of the rows that an epoch trains on.
+    """A callback that keeps ``module.groups`` filled with the groups of the rows that are about to be trained on.
 
     Attributes:
         count: n, negatives of a group, or None to have it follow from the window (``module.dial.group_negatives``).

@@ -32,7 +32,7 @@ class Objective:
         learning_rate: Peak learning rate of the phase.
     """
 
-    supervised = False  # whether a phase trains on stretches of history, without groups
+    supervised = False  # whether a phase trains without groups
 
     def __init__(self, learning_rate: float) -> None:
         self.learning_rate = learning_rate

@@ -18,7 +18,7 @@ class Phase:
 
     @property
     def supervised(self) -> bool:
-        """Whether it trains on stretches of history, not on rows with negatives."""
+        """Whether it trains without groups."""
         return self.objective.supervised
 
     def learning_rate(self, epoch: float, warmup: float) -> float:
