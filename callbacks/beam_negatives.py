@@ -95,7 +95,7 @@ class BeamNegatives(GroupSource):
 
     @torch.no_grad()
     def refresh(self, trainer: Trainer, module: Recommender, stretches: np.ndarray, batch_idx: int) -> None:
-        """Make the groups of ``stretches`` under the present policy, and log time, recall of positives and overlap.
+        """Make the groups of ``stretches`` under the present policy, and log time, counts and overlap.
 
         ``batch_idx`` batches of the epoch are done; with the epoch's place in its phase it determines what is drawn.
         """
@@ -115,10 +115,10 @@ class BeamNegatives(GroupSource):
             groups.ref_logprobs = self._reference(trainer, module, groups, stretches)
         module.train()
 
-        counts = torch.tensor([(part.rows, part.found) for part in found], device=module.device).sum(0)
+        counts = torch.tensor([(part.rows, part.found or 0) for part in found], device=module.device).sum(0)
         rows, hits = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
         log = {"seconds": time.perf_counter() - began, "rows": rows, "groups": len(groups.row)}
-        if self.best_share:
+        if found[0].found is not None:
             log["positive_found"] = hits / rows
         if self.groups is not None and (overlap := _overlap(self.groups, groups)) is not None:
             log["overlap"] = overlap
@@ -135,7 +135,7 @@ class BeamNegatives(GroupSource):
         prompt, places = engine.prefill(batch.tokens), Places(at[0], batch.start[at])
         row, target = batch.event[at], batch.titles[at][:, None]
         positive = engine.head.title_logprobs(prompt.hidden, batch.titles, batch.start)[at][:, None]
-        rows, found = len(row), 0
+        rows, found = len(row), None
         best, best_scores = target[:, :0], positive[:, :0]
         if most := math.ceil(count * self.best_share):
             limits = objective.trained_ranks(module.dial.window, count) if most == count else None
@@ -144,7 +144,7 @@ class BeamNegatives(GroupSource):
             kept = ranking.valid.any(1).nonzero()[:, 0]
             row, target, positive, places = row[kept], target[kept], positive[kept], places[kept]
             best, best_scores = best_others(engine.trie, ranking[kept], target, most)
-            found = int((positive >= best_scores[:, -1:]).sum())
+            found = None if wanted else int((positive >= best_scores[:, -1:]).sum())
         drawn = target[:, :0]
         if best.shape[1] < count:
             excluded = torch.cat([engine.trie.same_title(target[:, 0]), best], 1)
@@ -194,7 +194,9 @@ class FoundGroups:
 
     groups: Groups  # of the rows whose groups are trained
     rows: int
-    found: int  # rows whose positive is not below all of the policy's best that the search found
+    found: (
+        int | None
+    )  # rows whose positive is not below all of the best; None without these, or if searches ended early
 
 
 def best_others(trie: Trie, ranking: Ranking, target: Tensor, count: int) -> tuple[Tensor, Tensor]:
