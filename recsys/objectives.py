@@ -152,7 +152,7 @@ class GroupObjective(Objective):
     ) -> dict[str, Tensor]:
         """Return means over the rows of the batch, to which one without a group adds nothing, and the anchor.
 
-        One pass scores the titles in the stretches, the positives among them, and behind each positive's place the
+        One pass scores the titles in the stretches, the positives among them, and at each place of a positive the
         negatives of its group. Without an anchor a stretch that has no group is left out.
         """
         assert groups is not None  # Recommender made sure of a GroupSource
