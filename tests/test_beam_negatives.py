@@ -142,7 +142,7 @@ def test_found_counts_the_positives_among_the_best(tables, tmp_path) -> None:
         expected += int((other & (scores > scores[positive] + 1e-4)).sum() < 4)
     assert (found.rows, found.found) == (len(rows_of(run, stretches)), expected)
     assert 0 < expected < found.rows
-    run.model.objective = TAWin()  # its searches end before they find every positive that they would
+    run.model.objective = GRPO(train_missed=False)  # its searches end before they find every positive that they would
     assert run.negatives.groups_of(run.model, batch, torch.Generator()).found is None
 
 
