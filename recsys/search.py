@@ -69,14 +69,8 @@ def beam_search(engine: TreeEngine, prompt: PromptCache, places: Places, num_bea
     paths = _roots(engine, prompt, places)
     leaf, leaf_score = paths.node[:, :0], paths.score[:, :0]
     while True:
-        child, source, score = _children(engine, paths)
-        # Under `trie` normalisation the forced tokens behind a child are free, to the title's end if it comes first.
-        stop = trie.branch[child].long() if engine.normalization == "trie" else child
-        ends = trie.degree(stop) == 0
-        leaf_score, best = _top(torch.cat([leaf_score, score.masked_fill(~ends, -torch.inf)], 1), num_beams)
-        leaf = torch.cat([leaf, stop], 1).gather(1, best)
-
-        score, best = _top(score.masked_fill(ends, -torch.inf), num_beams)
+        child, source, score, leaf, leaf_score = _expand(engine, paths, leaf, leaf_score, num_beams)
+        score, best = _top(score, num_beams)
         if leaf_score.shape[1] == num_beams:
             score = score.masked_fill(score <= leaf_score[:, -1:], -torch.inf)
         open_paths = int((score > -torch.inf).sum(1).max())
@@ -129,14 +123,9 @@ def best_first_search(
     lines = paths.sees[:, :0]  # [P, R, T] of the paths that went through the model
     left = prompt  # with the prompts alone that have open paths
     while True:
-        child, parent, child_score = _children(engine, paths)
-        stop = trie.branch[child].long() if engine.normalization == "trie" else child
-        ends = trie.degree(stop) == 0
-        leaf_score, best = _top(torch.cat([leaf_score, child_score.masked_fill(~ends, -torch.inf)], 1), num_titles)
-        leaf = torch.cat([leaf, stop], 1).gather(1, best)
-
+        child, parent, child_score, leaf, leaf_score = _expand(engine, paths, leaf, leaf_score, num_titles)
         node, source = torch.cat([node, child], 1), torch.cat([source, parent + lines.shape[1]], 1)
-        score = torch.cat([score, child_score.masked_fill(ends, -torch.inf)], 1)
+        score = torch.cat([score, child_score], 1)
         lines = torch.cat([lines, paths.sees], 1)
         if wanted is not None:
             unwanted = _unwanted(engine, wanted, leaf, leaf_score, node, score)[:, None]
@@ -198,6 +187,19 @@ def _roots(engine: TreeEngine, prompt: PromptCache, places: Places) -> _Paths:
 def _top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return the best k columns (all, if fewer), best first, and their indices."""
     return scores.topk(min(k, scores.shape[1]), dim=1)
+
+
+def _expand(
+    engine: TreeEngine, paths: _Paths, leaf: Tensor, leaf_score: Tensor, num_titles: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return :func:`_children`, those that end a title at -inf, and the best titles with these among them."""
+    trie = engine.trie
+    child, source, score = _children(engine, paths)
+    # Under `trie` normalisation the forced tokens behind a child are free, to the title's end if it comes first.
+    stop = trie.branch[child].long() if engine.normalization == "trie" else child
+    ends = trie.degree(stop) == 0
+    leaf_score, best = _top(torch.cat([leaf_score, score.masked_fill(~ends, -torch.inf)], 1), num_titles)
+    return child, source, score.masked_fill(ends, -torch.inf), torch.cat([leaf, stop], 1).gather(1, best), leaf_score
 
 
 def _children(engine: TreeEngine, paths: _Paths) -> tuple[Tensor, Tensor, Tensor]:
