@@ -29,13 +29,13 @@ import jsonargparse
 import numpy as np
 import pandas as pd
 import torch
-from compare import interval
 from implicit.nearest_neighbours import CosineRecommender
 from lightning.pytorch import seed_everything
 from rectools import Columns
 from rectools.dataset import Dataset, IdMap, Interactions
 from rectools.models import ImplicitItemKNNWrapperModel, PopularModel, SASRecModel
 from rectools.models.base import ModelBase
+from report import interval
 
 from recsys.data import HistoryDataModule
 from recsys.functional import ndcg_at_k, recall_at_k, window_around, windowed_partial_auc

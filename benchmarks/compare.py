@@ -1,55 +1,74 @@
-"""Compare configs over seeds: the same rows, paired differences between variants, intervals.
+"""Compare objectives: tuned alike, from the same start, for the same seconds, on the same rows, over seeds.
 
     python benchmarks/compare.py --config benchmarks/normalization.yaml
 
-Each run is a `recsys fit` in a process of its own. A run that has ended is not repeated, so that the script can be
-stopped and started again; delete its folders (below `out` and `checkpoints`) to repeat it. With `warm_start`, all
-variants of a seed go on from one checkpoint. With `learning_rates`, each variant gets the rate that is best on
-validation with the first seed. With `test`, the tables are of the test rows, on which nothing was chosen.
+Each run is a `recsys fit` in a process of its own. A run that has ended is not repeated, so the script can be stopped
+and started again; an unfinished one begins anew, beside what it left. With `warm_start`, all variants of a seed go on
+from one checkpoint. With `seconds`, a short pilot of each variant measures how many stretches it goes through in that
+time. With `grid`, each variant's settings are chosen on validation rows with the first seed, by successive halving.
+With `test`, the tables are of the test rows, on which nothing was chosen.
 
-Prints Markdown tables, and writes them to `<out>/table.md`. Intervals come from a bootstrap that resamples seeds and
-rows.
+Writes to `out`: `table.md` with levels, costs, settings and paired differences, `curve.png` with the change of Recall@k
+against k, and `curve.csv` with its numbers (`benchmarks/report.py` makes the same of any set of runs).
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jsonargparse
 import numpy as np
 import pandas as pd
+import yaml
+from report import differences, levels, read, write_curve
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-RESAMPLES = 2000
 WARM_START = "warm start"
 
 T = TypeVar("T")
 
 
+@dataclass
+class Variant:
+    """What is compared.
+
+    Args:
+        arguments: Of `recsys fit`, beyond those that all share.
+        grid: Choices to make, as in :func:`main`; null takes those that all share.
+        like: Variant whose chosen settings it takes, in place of a choice of its own.
+        as_many_as: Variant whose number of stretches it takes, in place of its own number for the time.
+    """
+
+    arguments: list[str] = field(default_factory=list)
+    grid: list[list[dict[str, Any]]] | None = None
+    like: str | None = None
+    as_many_as: str | None = None
+
+
 @dataclass(frozen=True)
 class Run:
-    """One training: its arguments, and its folder `<out>/<variant>/[lr<rate>/]seed<seed>`."""
+    """One training: its arguments, and its folder `<out>/<variant>/<label>/seed<seed>`."""
 
     out: Path
     variant: str
     arguments: tuple[str, ...]
     seed: int
-    rate: float | None = None
+    label: str = ""
 
     @property
     def name(self) -> Path:
         """Name for the logger, from which checkpoints take their folder too."""
-        rate = [] if self.rate is None else [f"lr{self.rate:g}"]
-        return Path(self.out.name, self.variant, *rate, f"seed{self.seed}")
+        return Path(self.out.name, self.variant, self.label, f"seed{self.seed}")
 
     @property
     def folder(self) -> Path:
@@ -57,117 +76,215 @@ class Run:
         return self.out.parent / self.name
 
     @property
-    def checkpoint(self) -> Path:
-        """The last checkpoint, where AdapterCheckpoint puts it by default."""
-        return Path("checkpoints") / self.name / "version_0" / "last.ckpt"
-
-    @property
-    def cost(self) -> dict[str, float]:
-        """Minutes, gigabytes and token rows of the training."""
+    def cost(self) -> dict[str, Any]:
+        """The version that has ended, and its stretches, seconds of training, gigabytes and token rows."""
         return json.loads((self.folder / "cost.json").read_text())
 
-    def ranks(self, test: bool) -> pd.DataFrame:
-        """Return what each row got at the last validation, or in the test."""
+    @property
+    def events(self) -> Path:
+        """Folder that the logger made."""
+        return self.folder / self.cost["version"]
+
+    @property
+    def checkpoint(self) -> Path:
+        """The last checkpoint, where AdapterCheckpoint puts it by default."""
+        return Path("checkpoints") / self.name / self.cost["version"] / "last.ckpt"
+
+    def ranks(self, test: bool) -> Path:
+        """Return the file with what each row got at the last validation, or in the test."""
         if test:
-            return pd.read_parquet(next(self.folder.glob("version_*/ranks/test.parquet"))).set_index("row")
-        steps = (self.folder / "version_0" / "ranks").glob("step*.parquet")
-        return pd.read_parquet(max(steps, key=lambda path: int(path.stem[4:]))).set_index("row")
+            return next(self.folder.glob("version_*/ranks/test.parquet"))
+        return max((self.events / "ranks").glob("step*.parquet"), key=lambda path: int(path.stem[4:]))
 
     def train(self, start: Path | None) -> None:
         """Train, and write what it cost when it has ended well."""
         if (self.folder / "cost.json").is_file():
             return
-        for folder in (self.folder, self.checkpoint.parent):
-            if folder.exists():
-                raise SystemExit(f"{folder}: left by an unfinished or deleted run; delete the folder to repeat it")
-        self.folder.mkdir(parents=True)
-        gigabytes, minutes = self._recsys("fit", start)
-        events = EventAccumulator(str(self.folder / "version_0"), {"scalars": 0})
+        self.folder.mkdir(parents=True, exist_ok=True)
+        before = set(self.folder.glob("version_*"))
+        gigabytes = self._recsys("fit", start)
+        [version] = set(self.folder.glob("version_*")) - before
+        events = EventAccumulator(str(version), {"scalars": 0})
         events.Reload()
-        rows = events.Scalars("train/token_rows")[-1].value
-        (self.folder / "cost.json").write_text(
-            json.dumps({"minutes": minutes, "gigabytes": gigabytes, "token rows": rows})
-        )
+        if "train/token_rows" not in events.Tags()["scalars"]:
+            raise SystemExit(f"{version}: no step was logged; lower trainer.log_every_n_steps")
+        rows = events.Scalars("train/token_rows")
+        first, last = rows[0], rows[-1]
+        seconds = (last.wall_time - first.wall_time) / max(last.step - first.step, 1)  # a step
+        settings = yaml.safe_load((version / "config.yaml").read_text())
+        cost = {
+            "version": version.name,
+            "seconds a stretch": seconds / settings["data"]["batch_size"],
+            "seconds": seconds * (last.step - first.step + settings["trainer"]["log_every_n_steps"]),
+            "gigabytes": gigabytes,
+            "token rows": last.value,
+        }
+        (self.folder / "cost.json").write_text(json.dumps(cost))
 
     def test(self) -> None:
         """Rank the test rows."""
         if not list(self.folder.glob("version_*/ranks/test.parquet")):
             self._recsys("test", self.checkpoint)
 
-    def _recsys(self, subcommand: str, checkpoint: Path | None) -> tuple[float, float]:
-        """Run the command line, and return its gigabytes and minutes."""
+    def _recsys(self, subcommand: str, checkpoint: Path | None) -> float:
+        """Run the command line, and return its gigabytes."""
         print(f"{time.strftime('%H:%M:%S')} {subcommand} {self.folder}", flush=True)
-        logger = [f"--logger.save_dir={self.out.parent}", f"--logger.name={self.name}"]
-        rate = [] if self.rate is None else [f"--model.objective.init_args.learning_rate={self.rate:g}"]
-        start = [] if checkpoint is None else [f"--ckpt_path={checkpoint}"]
-        command = [sys.executable, "-m", "recsys.cli", subcommand, *self.arguments, *rate]
-        command += ["--seed_everything", str(self.seed), *logger, *start]
-        began = time.perf_counter()
+        command = [sys.executable, "-m", "recsys.cli", subcommand, *self.arguments]
+        command += ["--seed_everything", str(self.seed)]
+        command += [f"--logger.save_dir={self.out.parent}", f"--logger.name={self.name}"]
+        command += [] if checkpoint is None else [f"--ckpt_path={checkpoint}"]
         path = self.folder / f"{subcommand}.txt"
         with path.open("w") as output:
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
             _, status, usage = os.wait4(process.pid, 0)
         if status:
             raise SystemExit(f"{path}: the run failed:\n{path.read_text()[-2000:]}")
-        return usage.ru_maxrss / 2**20, (time.perf_counter() - began) / 60
+        return usage.ru_maxrss / 2**20
+
+
+@dataclass
+class Sweep:
+    """All runs of a comparison."""
+
+    root: Path
+    fit: tuple[str, ...]
+    variants: dict[str, Variant]
+    seeds: tuple[int, ...]
+    start: dict[int, Path]  # checkpoint of each seed's warm start
+    epochs: int  # of the warm start
+    seconds: float | None
+    jobs: int
+
+    def train(self, runs: Iterable[Run]) -> None:
+        """Train, some at the same time."""
+        parallel(lambda run: run.train(self.start.get(run.seed)), runs, self.jobs)
+
+    def run(self, name: str, settings: dict[str, Any], seed: int, share: float = 1.0) -> Run:
+        """Return a run with a share of the budget."""
+        label = ",".join(f"{option.rsplit('.', 1)[-1]}={value}" for option, value in settings.items())
+        arguments = [*self.variants[name].arguments, *(f"--{option}={value}" for option, value in settings.items())]
+        if self.seconds is not None:
+            speed = self.pilot(self.variants[name].as_many_as or name).cost["seconds a stretch"]
+            budget = max(round(self.seconds * share / speed), 1)
+            epochs = -(-budget // self.available(name))
+            arguments += [f"--data.policy_stretches={-(-budget // epochs)}"]
+            arguments += [f"--trainer.max_epochs={self.epochs + epochs}"]
+            arguments += [f"--trainer.check_val_every_n_epoch={self.epochs + epochs}"]
+            label = f"{label},stretches={budget}" if label else f"stretches={budget}"
+        return Run(self.root, name, (*self.fit, *arguments), seed, label)
+
+    def pilot(self, name: str) -> Run:
+        """Return a short run that measures the speed of a variant."""
+        budget = ["--data.policy_stretches=1600", f"--trainer.max_epochs={self.epochs + 1}"]
+        never = f"--trainer.check_val_every_n_epoch={self.epochs + 2}"
+        return Run(self.root, name, (*self.fit, *self.variants[name].arguments, *budget, never), self.seeds[0], "pilot")
+
+    def available(self, name: str) -> int:
+        """Return how many stretches the variant's phase has."""
+        path = self.pilot(name).folder / "data.txt"
+        if not path.is_file():
+            command = [sys.executable, "-m", "recsys.cli", "data", *self.fit, *self.variants[name].arguments]
+            done = subprocess.run([*command, "--data.policy_stretches=null"], capture_output=True, text=True)
+            if done.returncode:
+                raise SystemExit(f"{' '.join(command)}: {done.stderr[-2000:]}")
+            path.write_text(done.stdout)
+        found = re.search(r"drawn for an epoch.* policy ([\d,]+)", path.read_text())
+        assert found is not None
+        return int(found[1].replace(",", ""))
 
 
 def main(
     fit: list[str],
-    variants: dict[str, list[str]],
+    variants: dict[str, Variant],
     out: str,
     seeds: tuple[int, ...] = (0, 1, 2),
-    metrics: tuple[str, ...] = ("recall@5", "recall@10", "recall@20", "ndcg@10", "wpauc"),
+    folder: str = "data",
+    cutoffs: tuple[int, ...] = (5, 10, 20, 50),
     warm_start: list[str] | None = None,
-    learning_rates: tuple[float, ...] = (),
+    warm_start_epochs: int = 0,
+    seconds: float | None = None,
+    grid: list[list[dict[str, Any]]] | None = None,
+    rungs: tuple[float, ...] = (1.0,),
+    prepare: list[str] | None = None,
     tune: str = "wpauc",
     against: tuple[str, ...] = (),
     test: bool = False,
+    only: tuple[str, ...] = (),
     jobs: int = 1,
 ) -> None:
-    """Run every variant with every seed and print the tables.
+    """Run every variant with every seed, and write the tables and the figure.
 
     Args:
-        fit: Arguments of `recsys fit` that all runs share.
-        variants: Further arguments of each variant.
+        fit: Arguments of `recsys fit` that all runs share; `{folder}` in one stands for the option of that name.
+        variants: What is compared.
         out: Folder of the runs.
         seeds: Values of `--seed_everything`.
-        metrics: Columns of the table, as in the ranks' Parquet files.
+        folder: Folder of the data.
+        cutoffs: Values of K in the tables.
         warm_start: Further arguments of a run from whose end the variants go on, one for each seed.
-        learning_rates: Values of `model.objective.init_args.learning_rate` to choose from; none leaves the config's.
+        warm_start_epochs: Its epochs.
+        seconds: Time that each variant trains for, behind the warm start; null leaves the config's numbers.
+        grid: Choices to make, one after the other, each between some settings (options with their values).
+        rungs: Shares of the budget in successive halving: after each, the better half goes on, after the last the best.
+        prepare: Script beside this one, and its arguments, to run first.
         tune: Validation metric to choose by. A variant's `wpauc` is that of its own window.
-        against: Variants from which the others' differences are shown; by default the warm start, or else the first.
+        against: Variants from which the others' differences are shown, the first one in the figure too; by default the
+            warm start, or else the first.
         test: Report on the test rows.
+        only: Variants to run; by default all. `like` and `against` must be among them.
         jobs: Runs at the same time; set OMP_NUM_THREADS so that they share the cores.
     """
     root = Path(out)
-
-    def runs_of(variant: str, rate: float | None) -> list[Run]:
-        return [Run(root, variant, (*fit, *variants[variant]), seed, rate) for seed in seeds]
-
-    warm = [Run(root, WARM_START, (*fit, *(warm_start or [])), seed) for seed in seeds if warm_start is not None]
+    if prepare is not None:
+        script, *arguments = (argument.replace("{folder}", folder) for argument in prepare)
+        subprocess.run([sys.executable, Path(__file__).with_name(script), *arguments], check=True)
+    shared = tuple(argument.replace("{folder}", folder) for argument in fit)
+    warm = [Run(root, WARM_START, (*shared, *(warm_start or [])), seed) for seed in seeds if warm_start is not None]
+    parallel(lambda run: run.train(None), warm, jobs)
+    chosen = {name: variants[name] for name in only or variants}
     start = {run.seed: run.checkpoint for run in warm}
-
-    def train(run: Run) -> None:
-        run.train(None if run in warm else start.get(run.seed))
-
-    parallel(train, warm, jobs)
-    parallel(train, [runs_of(name, rate)[0] for rate in learning_rates for name in variants], jobs)
+    sweep = Sweep(root, shared, chosen, seeds, start, warm_start_epochs, seconds, jobs)
+    if seconds is not None:
+        sweep.train(sweep.pilot(name) for name in chosen)
+    settings = choose(sweep, grid or {}, rungs, tune)
     table = {WARM_START: warm} if warm else {}
-    for name in variants:
-        quality = {rate: runs_of(name, rate)[0].ranks(test=False)[tune].mean() for rate in learning_rates}
-        table[name] = runs_of(name, max(quality, key=quality.__getitem__) if quality else None)
-    every = [run for runs in table.values() for run in runs]
-    parallel(train, every, jobs)
+    table |= {name: [sweep.run(name, settings[name], seed) for seed in seeds] for name in chosen}
+    sweep.train(run for name in chosen for run in table[name])
     if test:
-        parallel(Run.test, every, jobs)
-    values = {
-        name: np.stack([run.ranks(test)[list(metrics)].to_numpy() for run in runs]) for name, runs in table.items()
-    }
-    text = [means(values, table, metrics)]
-    text += [differences(values, first, metrics) for first in against or [next(iter(values))]]
+        parallel(Run.test, [run for runs in table.values() for run in runs], jobs)
+    ranks = {name: read([run.ranks(test) for run in runs]) for name, runs in table.items()}
+    first = against or (next(iter(ranks)),)
+    text = [costs(table), levels(ranks, cutoffs), *(differences(ranks, name, cutoffs) for name in first)]
     (root / "table.md").write_text("\n".join(text))
     print("\n".join(text))
+    windows = {name: window for name, runs in table.items() if (window := window_of(runs[0])) is not None}
+    write_curve(ranks, first[0], windows, root)
+
+
+def choose(
+    sweep: Sweep, grid: list[list[dict[str, Any]]], rungs: tuple[float, ...], tune: str
+) -> dict[str, dict[str, Any]]:
+    """Return each variant's settings: one choice after the other, each by successive halving with the first seed."""
+    found: dict[str, dict[str, Any]] = {}
+    choices = {name: grid if v.grid is None else v.grid for name, v in sweep.variants.items() if v.like is None}
+    for name in choices:
+        found[name] = {}
+    for place in range(max(map(len, choices.values()), default=0)):
+        left = {
+            name: [found[name] | cell for cell in each[place]] for name, each in choices.items() if place < len(each)
+        }
+        for rung, share in enumerate(rungs):
+            cells = {name: [sweep.run(name, cell, sweep.seeds[0], share) for cell in left[name]] for name in left}
+            sweep.train(run for runs in cells.values() for run in runs)
+            for name, runs in cells.items():
+                quality = [pd.read_parquet(run.ranks(test=False))[tune].mean() for run in runs]
+                best = np.argsort(quality)[::-1]
+                shown = ", ".join(f"{runs[i].label} {quality[i]:.4f}" for i in best)
+                print(f"{name}: {tune} of {shown}", flush=True)
+                keep = 1 if rung == len(rungs) - 1 else -(-len(runs) // 2)
+                left[name] = [left[name][i] for i in best[:keep]]
+        found |= {name: cells[0] for name, cells in left.items()}
+    return {name: found[variant.like or name] for name, variant in sweep.variants.items()}
 
 
 def parallel(function: Callable[[T], None], tasks: Iterable[T], jobs: int) -> None:
@@ -182,44 +299,24 @@ def parallel(function: Callable[[T], None], tasks: Iterable[T], jobs: int) -> No
             raise
 
 
-def means(values: dict[str, np.ndarray], runs: dict[str, list[Run]], metrics: tuple[str, ...]) -> str:
-    """Return the means of ``[seeds, rows, metrics]`` over seeds and rows, and the median costs."""
-    seeds, rows = next(iter(values.values())).shape[:2]
-    lines = [f"| {seeds} seeds, {rows} rows | lr | {' | '.join(metrics)} | minutes | GB | token rows |"]
-    lines.append("|---" * (len(metrics) + 5) + "|")
-    for name, value in values.items():
-        rate = runs[name][0].rate
-        cost = pd.DataFrame([run.cost for run in runs[name]]).median()
-        cells = [name, "" if rate is None else f"{rate:g}", *(f"{mean:.4f}" for mean in value.mean((0, 1)))]
-        cells += [f"{cost['minutes']:.1f}", f"{cost['gigabytes']:.1f}", f"{cost['token rows']:,.0f}"]
-        lines.append(f"| {' | '.join(cells)} |")
+def costs(runs: dict[str, list[Run]]) -> str:
+    """Return a table of the settings and median costs."""
+    lines = ["| run | settings | seconds | token rows | GB |", "|---|---|---|---|---|"]
+    for name, seeds in runs.items():
+        cost = pd.DataFrame([run.cost for run in seeds]).median(numeric_only=True)
+        cells = [name, seeds[0].label, f"{cost['seconds']:.0f}", f"{cost['token rows']:,.0f}"]
+        lines.append(f"| {' | '.join(cells)} | {cost['gigabytes']:.1f} |")
     return "\n".join(lines) + "\n"
 
 
-def differences(values: dict[str, np.ndarray], first: str, metrics: tuple[str, ...]) -> str:
-    """Return the paired differences from a variant, in bold where the 95 % interval excludes 0."""
-    lines = [f"| difference from {first} | {' | '.join(metrics)} |", "|---" * (len(metrics) + 1) + "|"]
-    for name, value in values.items():
-        if name == first:
-            continue
-        difference = value - values[first]
-        cells = []
-        for mean, low, high in zip(difference.mean((0, 1)), *interval(difference), strict=True):
-            shown = f"{mean:+.4f}" if low <= 0 <= high else f"**{mean:+.4f}**"
-            cells.append(f"{shown} [{low:+.4f}, {high:+.4f}]")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def interval(difference: np.ndarray) -> np.ndarray:
-    """Return the 95 % interval ``[2, metrics]`` of the mean of ``[S, R, metrics]`` over resampled seeds and rows."""
-    rng = np.random.default_rng(0)
-    seeds, rows = difference.shape[:2]
-    means = [
-        difference[rng.integers(seeds, size=seeds)][:, rng.integers(rows, size=rows)].mean((0, 1))
-        for _ in range(RESAMPLES)
-    ]
-    return np.quantile(means, [0.025, 0.975], axis=0)
+def window_of(run: Run) -> tuple[float, float] | None:
+    """Return the window (a, b] that a run optimised; None if its objective has none."""
+    settings = yaml.safe_load((run.events / "config.yaml").read_text())
+    if not settings["model"]["objective"]["class_path"].endswith("TAWin") or run.variant == WARM_START:
+        return None
+    found = re.search(r"negatives \(([\d.]+), ([\d.]+)\]", (run.folder / "fit.txt").read_text())
+    assert found is not None
+    return float(found[1]), float(found[2])
 
 
 if __name__ == "__main__":

@@ -271,7 +271,7 @@ def main() -> None:
     model.load_state_dict(torch.load(arguments.ckpt_path, weights_only=False)["state_dict"], strict=False)
 
     data.policy_stretches = arguments.stretches
-    stretches, window = data.stretches(0, supervised=False), model.dial.window
+    stretches, window = data.stretches(0, warm_start=False), model.dial.window
     searched = list(data.batches(stretches, negatives.batch_size, False))
     dataset = data.dataset(data.plan(0, False), False)
     trained = [dataset[i] for i in range(len(dataset))]

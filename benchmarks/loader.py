@@ -36,7 +36,7 @@ def main(data: HistoryDataModule, stretches: int = 2_000) -> None:
     tokenizing, _ = timed(data.tokenize, tokenizer)
     print(f"{len(data.catalog)} items, {len(data.histories.items)} interactions")
     print(f"load {loading:.2f} s, tokenise {tokenizing:.2f} s")
-    dataset = data.dataset(data.plan(0, supervised=False), supervised=False)
+    dataset = data.dataset(data.plan(0, warm_start=False), warm_start=False)
     loader = DataLoader(dataset, batch_size=None, num_workers=data.num_workers)
     seconds, (real, padded) = timed(tokens_of, loader)
     print(

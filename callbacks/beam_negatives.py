@@ -89,7 +89,7 @@ class BeamNegatives(GroupSource):
         if every:
             return data.coming(epoch, False, trainer.world_size, slice(batch_idx, batch_idx + every))
         epochs = range(epoch, epoch + self.every_n_epochs)
-        return np.unique(np.concatenate([data.stretches(e, supervised=False) for e in epochs]))
+        return np.unique(np.concatenate([data.stretches(e, warm_start=False) for e in epochs]))
 
     # ---- what -------------------------------------------------------------------------------------------------
 

@@ -33,7 +33,7 @@ SAMPLE = 3  # batches of each kind of work that are done, beside the largest
 class Work:
     """Work of one kind, of all processes together."""
 
-    supervised: bool | None  # of the phase that it trains; None for evaluation
+    warm_start: bool | None  # whether of the warm start or the objective; None for evaluation
     do: Callable[[Batch, Groups | None], object]
     grouped: bool = False  # whether it needs the batch's groups, which are found apart
     steps: int = 0  # of the optimiser, which all processes take together
@@ -103,7 +103,7 @@ class RunCost:
             phase = self.model.phase_at(epoch)
             work = self.work["supervised steps" if phase.supervised else "policy steps"]
             within = epoch - phase.start
-            plan = partial(data.plan, within, phase.supervised, world_size=self.processes)
+            plan = partial(data.plan, within, phase.warm_start, world_size=self.processes)
             batches = self._batches(plan, trainer.limit_train_batches)
             work.batches += batches
             each = len(batches) // self.processes
@@ -134,7 +134,7 @@ class RunCost:
     def _do(self, work: Work, place: int) -> tuple[int, float]:
         """Do one batch; return its token rows and seconds."""
         device, engine = self.trainer.strategy.root_device, self.model.engine
-        batch = self.data.dataset([work.batches[place]], work.supervised)[0].to(device)
+        batch = self.data.dataset([work.batches[place]], work.warm_start)[0].to(device)
         groups = self._groups(batch) if work.grouped else None
         before, began = engine.token_rows, time.perf_counter()
         work.do(batch, groups)

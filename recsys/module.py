@@ -129,8 +129,8 @@ class Recommender(lightning.LightningModule):
         trains = self.trainer.state.fn in ("fit", None)  # None: asked for the cost of a fit
         if source is None or not isinstance(self.objective, GroupObjective) or not trains:
             return settings
-        windowed = self.objective.windowed
-        return replace(settings, count=source.count, best_share=source.best_share, windowed=windowed)
+        reach = self.objective.reach
+        return replace(settings, count=source.count, best_share=source.best_share, reach=reach)
 
     def _check_monitors(self, cutoffs: tuple[int, ...]) -> None:
         names = logged_names("val", cutoffs)
@@ -183,8 +183,8 @@ class Recommender(lightning.LightningModule):
         """Return the phase of an epoch."""
         last = self.trainer.max_epochs
         if self.warm_start is not None and epoch < self.warm_start_epochs:
-            return Phase(self.warm_start, 0, self.warm_start_epochs)
-        return Phase(self.objective, self.warm_start_epochs, None if last is None or last < 0 else last)
+            return Phase(self.warm_start, True, 0, self.warm_start_epochs)
+        return Phase(self.objective, False, self.warm_start_epochs, None if last is None or last < 0 else last)
 
     def on_fit_start(self) -> None:
         """Report the number of weights."""
@@ -206,7 +206,7 @@ class Recommender(lightning.LightningModule):
         epoch = self.current_epoch
         phase = self.phase_at(epoch)
         begins = epoch == phase.start > 0 and batch_idx == 0
-        rate = phase.learning_rate(epoch + batch_idx / self.trainer.num_training_batches, self.lr_warmup)
+        rate = phase.learning_rate(self._place(batch_idx), self.lr_warmup)
         for optimizer in self.trainer.optimizers:
             if begins:
                 optimizer.state.clear()
@@ -214,14 +214,19 @@ class Recommender(lightning.LightningModule):
                 group["lr"] = rate
         self.log("train/lr", rate)
 
+    def _place(self, batch_idx: int) -> float:
+        """Return the place of a batch in epochs of the run."""
+        return self.current_epoch + batch_idx / self.trainer.num_training_batches
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of a batch under the objective of the epoch.
 
         Raises:
             RuntimeError: if the loss is not finite; the batch is saved, and the message names its rows.
         """
-        objective = self.phase_at(self.current_epoch).objective
-        parts = objective.step(self.engine, batch, self.groups, self.dial.window)
+        phase = self.phase_at(self.current_epoch)
+        progress = phase.progress(self._place(batch_idx)) or 0.0
+        parts = phase.objective.step(self.engine, batch, self.groups, self.dial.window, progress)
         if not bool(parts["loss"].isfinite()):
             path = Path(self.trainer.default_root_dir) / f"bad_batch_step{self.global_step}_rank{self.global_rank}.pt"
             torch.save(batch.to("cpu"), path)

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from recsys.functional import window_around, window_bounds
 from recsys.types import UserError
+
+Reach = Literal["none", "k", "window"]  # how far an objective relies on a group's negatives being the policy's best
 
 DEFAULT_K = 10
 DEFAULT_CUTOFFS = (1, 5, 10, 20)
@@ -120,7 +123,7 @@ class DialSettings:
         exact: Whether the list holds every item, whatever ``num_beams``.
         count: Negatives of a group.
         best_share: Share of them that are the policy's best, or None if there are no groups.
-        windowed: Whether the objective weighs negatives by their place in the window.
+        reach: How far down the objective relies on a group's negatives being the policy's best.
     """
 
     window: Window
@@ -129,7 +132,7 @@ class DialSettings:
     exact: bool = False
     count: int | None = None
     best_share: float | None = None
-    windowed: bool = False
+    reach: Reach = "none"
 
     def check(self, end: float | None) -> None:
         """Refuse settings that contradict each other.
@@ -152,12 +155,15 @@ class DialSettings:
                 )
             if end is not None:  # the list holds the positive too
                 _at_least(math.ceil(end) + 1, "model.num_beams", self.num_beams, ends)
-        if self.windowed and self.best_share == 0:
+        if self.reach != "none" and self.best_share == 0:
             raise UserError(
                 "negatives.mode is random, but model.objective weighs the policy's best negatives by their rank: set "
                 "negatives.mode to beam, or model.objective to recsys.objectives.GRPO"
             )
-        if self.windowed and self.best_share and end is not None:  # a negative behind it is the gate's lower end
+        if self.best_share and self.reach == "k" and self.window.alpha is None:
+            k = self.window.k or DEFAULT_K
+            _at_least(math.ceil(k / self.best_share), "negatives.count", self.count, f"model.window has K {k}")
+        if self.best_share and self.reach == "window" and end is not None:  # a negative behind is the gate's lower end
             _at_least(math.ceil((math.ceil(end) + 1) / self.best_share), "negatives.count", self.count, ends)
 
     def resolve(self, num_items: int, most_negatives: int) -> Dial:
@@ -179,20 +185,23 @@ class DialSettings:
             raise UserError(f"model.cutoffs has {cutoffs[-1]}, but the catalogue has {num_items} items: lower it")
         if self.num_beams is None and not self.exact:  # a search finds the worst of its list least surely
             length = min(math.ceil(1.5 * max(math.ceil(window.end) + 1, cutoffs[-1])), num_items)
-        return Dial(window, cutoffs, length, self._group_negatives(window.end, most_negatives), self)
+        return Dial(window, cutoffs, length, self._group_negatives(window, most_negatives), self)
 
-    def _group_negatives(self, end: float, most: int) -> int:
+    def _group_negatives(self, window: ResolvedWindow, most: int) -> int:
         """Return n, negatives of a group, of which at most ``most`` can be had; 0 if there are no groups."""
         if self.best_share is None:
             return 0
+        end = window.k if self.reach == "k" else window.end
         reach = math.ceil(end)
-        reach += max(4, round(reach / 3))  # ranks move while a list waits for its next refresh
+        if self.reach != "k":
+            reach += max(4, round(reach / 3))  # ranks move while a list waits for its next refresh
         count = min(math.ceil(reach / (self.best_share or 1)), most) if self.count is None else self.count
         best = math.ceil(count * self.best_share)
-        if count > most or (self.windowed and end > best):
+        if count > most or (self.reach != "none" and end > best):
             raise UserError(
-                f"negatives.count is {count}, the window ends at negative {end:g}, and only {most} items of this "
-                f"catalogue can be a negative of every row: set negatives.count to {most} or less or lower the window"
+                f"negatives.count is {count}, model.objective relies on negative {end:g}, and only {most} items of "
+                f"this catalogue can be a negative of every row: set negatives.count to {most} or less, or lower "
+                "model.window.k"
             )
         return count
 

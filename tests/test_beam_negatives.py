@@ -70,7 +70,7 @@ def test_groups_hold_the_positive_first_and_different_negatives_with_other_title
     run, seen = run_with(tables, tmp_path, mode)
     assert len(seen) == 2
     for epoch, groups in enumerate(seen):
-        assert groups.row.tolist() == rows_of(run, run.data.stretches(epoch, supervised=False))
+        assert groups.row.tolist() == rows_of(run, run.data.stretches(epoch, warm_start=False))
         for row, items in zip(groups.row.tolist(), groups.items.tolist(), strict=True):
             assert items[0] == run.data.histories.items[row]
             assert len(set(items)) == 9
@@ -82,7 +82,7 @@ def test_behaviour_is_the_policys_log_probability_and_beams_are_its_best(tables,
     """Against a full row through the model for every item of the catalogue, behind what precedes the row alone."""
     model = {"objective": GRPO(learning_rate=0.0), "warm_start_epochs": 0}
     run = Run(tables, tmp_path, model=model, max_epochs=1, negatives={"mode": mode}).fit()
-    groups, policy, stretches = run.model.groups, run.model.policy.eval(), run.data.stretches(0, supervised=False)
+    groups, policy, stretches = run.model.groups, run.model.policy.eval(), run.data.stretches(0, warm_start=False)
     for index in range(0, len(groups.row), 17):
         prompt = context(run, groups.row[index].item(), stretches)
         with torch.no_grad():
@@ -107,7 +107,7 @@ def test_a_search_that_ends_early_leaves_out_no_group_that_is_trained(
     run.model.eval()
     rows, groups = [], []
     with torch.no_grad():
-        for batch in run.data.batches(run.data.stretches(0, supervised=False), 8, supervised=False):
+        for batch in run.data.batches(run.data.stretches(0, warm_start=False), 8, warm_start=False):
             chosen = batch.event >= 0
             scores = engine.score_all(engine.prefill(batch.tokens), Places.at(chosen, batch.start))
             target = batch.titles[chosen][:, None]
@@ -116,7 +116,7 @@ def test_a_search_that_ends_early_leaves_out_no_group_that_is_trained(
             groups.append(torch.cat([scores.gather(1, target), best], 1))
     row, logprobs = torch.cat(rows), torch.cat(groups)
     above = (logprobs[:, 1:] > logprobs[:, :1]).sum(1)
-    if objective.windowed and objective.gate == "threshold":
+    if objective.reach == "window" and objective.gate == "threshold":
         expected = (above >= math.floor(window.start)) & (above <= math.ceil(window.end))
     else:
         expected = above < 6
@@ -130,8 +130,8 @@ def test_a_search_that_ends_early_leaves_out_no_group_that_is_trained(
 def test_found_counts_the_positives_among_the_best(tables, tmp_path) -> None:
     model = {"objective": GRPO(learning_rate=0.0), "warm_start_epochs": 0}
     run = Run(tables, tmp_path, model=model, max_epochs=1, negatives={"count": 4}).fit()
-    policy, stretches = run.model.policy.eval(), run.data.stretches(0, supervised=False)[:8]
-    [batch] = run.data.batches(stretches, 32, supervised=False)
+    policy, stretches = run.model.policy.eval(), run.data.stretches(0, warm_start=False)[:8]
+    [batch] = run.data.batches(stretches, 32, warm_start=False)
     found = run.negatives.groups_of(run.model, batch, torch.Generator())
     expected = 0
     for row in rows_of(run, stretches):
@@ -150,7 +150,7 @@ def test_refresh_every_n_epochs_covers_the_epochs_between(tables, tmp_path) -> N
     run, seen = run_with(tables, tmp_path, "beam", epochs=4, every_n_epochs=2)
     assert len(seen) == 2
     for groups, epochs in zip(seen, ((0, 1), (2, 3)), strict=True):
-        stretches = {row for e in epochs for row in run.data.stretches(e, supervised=False).tolist()}
+        stretches = {row for e in epochs for row in run.data.stretches(e, warm_start=False).tolist()}
         assert groups.row.tolist() == rows_of(run, stretches)
 
 
@@ -166,7 +166,7 @@ def test_refresh_every_n_steps_takes_the_rows_of_the_steps_to_come(tables, tmp_p
         negatives={"every_n_steps": 1},
         callbacks=[refreshes],
     ).fit()
-    plan = run.data.plan(0, supervised=False)  # 32 stretches in batches of 8
+    plan = run.data.plan(0, warm_start=False)  # 32 stretches in batches of 8
     batches = [np.concatenate(plan[i : i + accumulate]) for i in range(0, 4, accumulate)]
     assert [groups.row.tolist() for groups in refreshes.seen] == [rows_of(run, batch) for batch in batches]
     assert all(value == 0 for value in refreshes.clipped)  # the policy's own groups of that moment: every ratio is 1

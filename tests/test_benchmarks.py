@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import re
 import runpy
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -21,7 +21,6 @@ from transformers import AutoTokenizer
 
 from recsys.cli import main as cli_main
 from recsys.data import HistoryDataModule, PromptTemplate, Table
-from recsys.window import DEFAULT_CUTOFFS
 
 
 @pytest.fixture
@@ -118,111 +117,168 @@ def test_metrics(benchmark_main, capsys: pytest.CaptureFixture[str]):
     assert out.splitlines()[-1].endswith("value 0.000000")
 
 
-def test_compare_tunes_on_validation_shares_the_warm_start_and_repeats_no_run(
-    benchmark_main, tables: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
-):
+@pytest.fixture
+def comparison(tables: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Shared arguments of small runs below the working directory."""
     root = Path(__file__).parents[1]
-    source = ("interactions", "items", "cache_dir")
     fit = [f"--config={root}/configs/debug.yaml", "--trainer.num_sanity_val_steps=0", "--data.test_rows=null"]
-    fit += ["--data.source=recsys.data.Table", *(f"--data.source.init_args.{k}={tables[k]}" for k in source)]
+    fit += ["--data.source=recsys.data.Table", "--data.source.init_args.interactions={folder}/interactions.csv"]
+    fit += [f"--data.source.init_args.{key}={tables[key]}" for key in ("items", "cache_dir")]
     fit += ["--model.num_beams=12", "--model.cutoffs=[1,5,10]", "--model.window.k=3"]
-    sft = ["--model.objective=recsys.objectives.SupervisedFineTuning"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(root))
-    options = {"seeds": (3,), "metrics": ("recall@1", "recall@5"), "warm_start": ["--trainer.max_epochs=1"]}
-    options |= {"learning_rates": (1e-9, 3e-3), "tune": "recall@5", "test": True, "jobs": 2}
+    return fit
+
+
+SFT = "--model.objective=recsys.objectives.SupervisedFineTuning"
+RATE = "model.objective.init_args.learning_rate"
+
+
+def test_compare_tunes_on_validation_shares_the_warm_start_and_repeats_no_run(
+    benchmark_main, comparison: list[str], tables: dict[str, str], capsys
+):
     main = benchmark_main("compare")
-    main(fit, {"SFT": sft}, "runs/sweep", **options)
+    arguments = [SFT, "--data.policy_stretches=null"]
+    variants = {"SFT": sys.modules["compare"].Variant(arguments, [[{RATE: 1e-9}, {RATE: 3e-3}]])}
+    options = {"seeds": (3,), "cutoffs": (1, 5), "warm_start": ["--trainer.max_epochs=1"], "tune": "recall@5"}
+    options |= {"folder": str(Path(tables["interactions"]).parent), "test": True, "jobs": 2}
+    main(comparison, variants, "runs/sweep", **options)
     printed = [line[9:] for line in capsys.readouterr().out.splitlines() if ":" in line[:3]]
     validated = {}
     for rate in ("1e-09", "0.003"):
-        [ranks] = Path(f"runs/sweep/SFT/lr{rate}/seed3/version_0/ranks").glob("*.parquet")
+        [ranks] = Path(f"runs/sweep/SFT/learning_rate={rate}/seed3/version_0/ranks").glob("*.parquet")
         validated[rate] = (pd.read_parquet(ranks)["rank"] <= 5).mean()
     assert validated["1e-09"] != validated["0.003"]
     best = max(validated, key=validated.__getitem__)
     assert sorted(printed) == [
-        "fit runs/sweep/SFT/lr0.003/seed3",
-        "fit runs/sweep/SFT/lr1e-09/seed3",
+        "fit runs/sweep/SFT/learning_rate=0.003/seed3",
+        "fit runs/sweep/SFT/learning_rate=1e-09/seed3",
         "fit runs/sweep/warm start/seed3",
-        f"test runs/sweep/SFT/lr{best}/seed3",
+        f"test runs/sweep/SFT/learning_rate={best}/seed3",
         "test runs/sweep/warm start/seed3",
     ]
     table = Path("runs/sweep/table.md").read_text().splitlines()
-    assert table[0].startswith("| 1 seeds, 33 rows | lr | recall@1 | recall@5 |")
+    assert [line.split("|")[2].strip() for line in table[2:4]] == ["", f"learning_rate={best}"]
     recall = {}
-    for line in table[2:4]:
-        name, rate, *cells = (cell.strip() for cell in line.strip("|").split("|"))
-        folder = Path("runs/sweep", name, *([f"lr{rate}"] if rate else []), "seed3")
-        ranks = pd.read_parquet(folder / "version_1" / "ranks" / "test.parquet")
-        recall[name] = [ranks[f"recall@{k}"].mean() for k in (1, 5)]
-        assert [float(cell) for cell in cells[:2]] == pytest.approx(recall[name], abs=1e-4)
+    for line, label in zip(table[7:9], ("", f"learning_rate={best}"), strict=True):
+        name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        [test] = Path("runs/sweep", name, label, "seed3").glob("version_*/ranks/test.parquet")
+        recall[name] = [pd.read_parquet(test)[f"recall@{k}"].mean() for k in (1, 5)]
+        assert [float(cell) for cell in cells] == pytest.approx(recall[name], abs=1e-4)
     assert list(recall) == ["warm start", "SFT"]
     change = float(table[-1].split("|")[3].strip().split()[0].strip("*"))
     assert change == pytest.approx(recall["SFT"][1] - recall["warm start"][1], abs=1e-4)
     start, lazy = (
         torch.load(f"checkpoints/sweep/{run}/seed3/version_0/last.ckpt", weights_only=True)["state_dict"]
-        for run in ("warm start", "SFT/lr1e-09")
+        for run in ("warm start", "SFT/learning_rate=1e-09")
     )
     assert all((start[name] - weight).abs().max() < 1e-6 for name, weight in lazy.items())
-    main(fit, {"SFT": sft}, "runs/sweep", **options)
-    assert capsys.readouterr().out.startswith("| 1 seeds")
-    shutil.rmtree("runs/sweep/SFT/lr1e-09")  # its checkpoints would be taken for those of the run that repeats it
-    with pytest.raises(SystemExit, match="checkpoints/sweep/SFT/lr1e-09/seed3/version_0: left by"):
-        main(fit, {"SFT": sft}, "runs/sweep", **options)
+    main(comparison, variants, "runs/sweep", **options)
+    assert " fit " not in capsys.readouterr().out
+    Path(f"runs/sweep/SFT/learning_rate={best}/seed3/cost.json").unlink()  # as if it had been stopped
+    main(comparison, variants, "runs/sweep", **options)
+    assert capsys.readouterr().out.count(" fit ") == 1
+    assert Path(f"checkpoints/sweep/SFT/learning_rate={best}/seed3/version_0/last.ckpt").is_file()  # nothing is lost
 
 
-def test_compare_takes_another_folder_and_further_arguments(benchmark_main, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_compare_gives_each_variant_the_stretches_that_fit_the_time(
+    benchmark_main, comparison: list[str], tables: dict[str, str], capsys
+):
+    main = benchmark_main("compare")
+    variant = sys.modules["compare"].Variant
+    variants = {"TAWin": variant(), "NLL": variant([SFT]), "NLL as long": variant([SFT], as_many_as="TAWin")}
+    options = {"seeds": (3,), "cutoffs": (1, 5), "warm_start": ["--trainer.max_epochs=1"], "warm_start_epochs": 1}
+    options |= {"folder": str(Path(tables["interactions"]).parent), "seconds": 1.0, "against": ("NLL",)}
+    main(comparison, variants, "runs/sweep", **options)
+    stretches = {}
+    for name, of in {"TAWin": "TAWin", "NLL": "NLL", "NLL as long": "TAWin"}.items():
+        speed = json.loads(Path(f"runs/sweep/{of}/pilot/seed3/cost.json").read_text())["seconds a stretch"]
+        [config] = Path(f"runs/sweep/{name}").glob("stretches=*/seed3/version_0/config.yaml")
+        settings = yaml.safe_load(config.read_text())
+        epochs = settings["trainer"]["max_epochs"] - 1
+        stretches[name] = epochs * settings["data"]["policy_stretches"]
+        assert 1 / speed - 1 <= stretches[name] < 1 / speed + epochs + 1
+    assert stretches["TAWin"] == stretches["NLL as long"] < stretches["NLL"]
+    curve = pd.read_csv("runs/sweep/curve.csv")
+    assert set(curve["run"]) == {"warm start", "TAWin", "NLL as long"}
+    assert Path("runs/sweep/curve.png").stat().st_size > 10_000
+
+
+def test_compare_takes_a_second_config(benchmark_main, monkeypatch: pytest.MonkeyPatch, capsys):
     benchmark_main("compare")
     folder = Path(__file__).parents[1] / "benchmarks"
-    command = ["compare.py", f"--config={folder / 'objectives.yaml'}", "--out=runs/x", "--fit+=--data=y.yaml"]
+    command = ["compare.py", *(f"--config={folder / name}.yaml" for name in ("window", "ml-1m"))]
     monkeypatch.setattr(sys, "argv", [*command, "--print_config"])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(folder / "compare.py"), run_name="__main__")
     assert ended.value.code == 0
     config = yaml.safe_load(capsys.readouterr().out)
-    assert config["out"] == "runs/x"
-    assert config["fit"] == [*yaml.safe_load((folder / "objectives.yaml").read_text())["fit"], "--data=y.yaml"]
+    first, second = (yaml.safe_load((folder / f"{name}.yaml").read_text()) for name in ("window", "ml-1m"))
+    assert config["out"] == second["out"]
+    assert config["fit"] == first["fit"] + second["fit+"]
 
 
-@pytest.mark.parametrize("name", ["fresh", "normalization", "objectives", "synthetic"])
+@pytest.mark.parametrize("names", [["normalization"], ["synthetic"], ["window", "ml-1m"]])
 def test_compared_variants_are_configs_that_measure_what_is_shown_and_all_different(
-    benchmark_main, name: str, monkeypatch: pytest.MonkeyPatch, capsys
+    benchmark_main, names: list[str], monkeypatch: pytest.MonkeyPatch, capsys
 ):
     root = Path(__file__).parents[1]
     monkeypatch.chdir(root)
-    options = yaml.safe_load((root / "benchmarks" / f"{name}.yaml").read_text())
-    shown = options.get("metrics") or inspect.signature(benchmark_main("compare")).parameters["metrics"].default
-    cutoffs = {int(metric.split("@")[1]) for metric in shown if "@" in metric}
-    configs: dict[str, str] = {}
-    for variant, arguments in options["variants"].items():
-        with pytest.raises(SystemExit) as ended:
-            cli_main(["fit", *options["fit"], *arguments, "--print_config"])
-        assert ended.value.code == 0, variant
-        config = capsys.readouterr().out
-        assert cutoffs <= {*(yaml.safe_load(config)["model"]["cutoffs"] or DEFAULT_CUTOFFS)}, variant
-        configs[config] = variant
-    assert list(configs.values()) == list(options["variants"])
+    options = [yaml.safe_load((root / "benchmarks" / f"{name}.yaml").read_text()) for name in names]
+    fit = [argument for each in options for argument in each.get("fit", []) + each.get("fit+", [])]
+    shown = inspect.signature(benchmark_main("compare")).parameters["cutoffs"].default
+    configs: dict[str, list[str]] = {}
+    for variant, given in options[0]["variants"].items():
+        grid = [] if "like" in given else given.get("grid") or options[0].get("grid", [])
+        cells = [{}, *(cell for choice in grid for cell in choice)]
+        for cell in cells:
+            settings = [f"--{option}={value}" for option, value in cell.items()]
+            with pytest.raises(SystemExit) as ended:
+                cli_main(["fit", *fit, *given.get("arguments", []), *settings, "--print_config"])
+            assert ended.value.code == 0, variant
+            config = capsys.readouterr().out
+            length = yaml.safe_load(config)["model"]["num_beams"]
+            assert length is None or length >= max(shown), variant
+            if not cell and "as_many_as" not in given:
+                configs.setdefault(config, []).append(variant)
+    assert all(len(same) == 1 for same in configs.values()), configs
 
 
-@pytest.mark.parametrize("name", ["amazon-industrial", "amazon-office"])
-def test_other_data_keeps_the_sizes_of_what_it_replaces(name: str, monkeypatch: pytest.MonkeyPatch, capsys):
-    root = Path(__file__).parents[1]
-    monkeypatch.chdir(root)
-    fit = yaml.safe_load((root / "benchmarks" / "objectives.yaml").read_text())["fit"]
-    found = []
-    for other in ([], [f"--data=benchmarks/{name}.yaml"]):
-        with pytest.raises(SystemExit) as ended:
-            cli_main(["fit", *fit, *other, "--print_config"])
-        assert ended.value.code == 0
-        found.append(yaml.safe_load(capsys.readouterr().out))
-    small, amazon = found
-    files = {key: str(root / "data" / name / f"{key}.csv") for key in ("interactions", "items")}
-    assert amazon["data"]["source"]["init_args"].items() >= files.items()
-    changed = {key for key, value in amazon["data"].items() if value != small["data"][key]}
-    assert changed == {"source", "prompt", "fresh_share", "val_rows", "policy_stretches"}  # all validation rows
-    assert amazon["data"]["val_rows"] is None
-    del small["data"], amazon["data"]
-    assert amazon == small
+def test_report_against_counts_and_a_loop(benchmark_main, tmp_path: Path, capsys):
+    """Two runs of three seeds: levels and differences by counting, intervals by drawing rows and seeds one by one."""
+    rng = np.random.default_rng(0)
+    ranks = {name: rng.integers(1, 130, (3, 400)).astype(float) for name in ("NLL", "TAWin")}
+    ranks["TAWin"][ranks["TAWin"] > 110] = np.inf  # not in the list
+    files: dict[str, list[str]] = {name: [] for name in ranks}
+    for name, seeds in ranks.items():
+        for seed, values in enumerate(seeds):
+            path = tmp_path / f"{name}{seed}.parquet"
+            pd.DataFrame({"row": np.arange(400), "rank": values}).to_parquet(path)
+            files[name].append(str(path))
+    main = benchmark_main("report")
+    main(files, str(tmp_path / "out"), against="NLL", windows={"TAWin": (5, 15)})
+    table = capsys.readouterr().out.splitlines()
+    hits = {
+        name: np.array([[[rank <= k for k in (5, 10, 20, 50)] for rank in s] for s in r]) for name, r in ranks.items()
+    }
+    for line, name in zip(table[2:4], ranks, strict=True):
+        assert [float(cell) for cell in line.split("|")[2:-1]] == pytest.approx(hits[name].mean((0, 1)), abs=1e-4)
+    difference = hits["TAWin"].astype(float) - hits["NLL"]
+    draws = []
+    for _ in range(2000):
+        rows = rng.integers(400, size=400)
+        draws.append(np.mean([difference[seed, rows] for seed in rng.integers(3, size=3)], axis=(0, 1)))
+    for place, cell in enumerate(table[-1].split("|")[2:-1]):
+        mean, low, high = (float(number) for number in re.findall(r"[+-][\d.]+", cell))
+        assert mean == pytest.approx(difference.mean((0, 1))[place], abs=1e-4)
+        assert (low, high) == pytest.approx(np.quantile(draws, [0.025, 0.975], axis=0)[:, place], abs=0.004)
+        assert ("**" in cell) == (low > 0 or high < 0)
+    curve = pd.read_csv(tmp_path / "out" / "curve.csv")
+    assert curve["k"].tolist() == list(range(1, 101))
+    assert curve["change"][49] == pytest.approx(difference[..., 3].mean(), abs=1e-4)
+    pd.DataFrame({"row": np.arange(1, 401), "rank": 1.0}).to_parquet(files["NLL"][0])
+    with pytest.raises(SystemExit, match="the rows differ"):
+        main(files, str(tmp_path / "out"), against="NLL")
 
 
 def test_compare_starts_nothing_after_a_failure(benchmark_main):
@@ -238,23 +294,6 @@ def test_compare_starts_nothing_after_a_failure(benchmark_main):
     with pytest.raises(SystemExit, match="the run failed"):
         sys.modules["compare"].parallel(run, range(10), jobs=2)
     assert set(started) <= {0, 1, 2, 3}  # the failed run's place may be filled before the others are called off
-
-
-def test_compare_marks_differences_whose_interval_excludes_zero(benchmark_main):
-    benchmark_main("compare")
-    differences = sys.modules["compare"].differences
-    rng = np.random.default_rng(0)
-    start = rng.normal(size=(2, 400, 2))
-    noise = rng.normal(size=400)
-    noise -= noise.mean()
-    other = start + np.stack([0.2 + noise, 0.05 + noise], 1)  # the same in both seeds: the rows alone vary
-    [row] = differences({"a": start, "b": other}, "a", ("m", "n")).splitlines()[2:]
-    sure, unsure = row.strip("|").split("|")[1:]
-    assert sure.split()[0] == "**+0.2000**"
-    assert unsure.split()[0] == "+0.0500"
-    low, high = (float(x) for x in sure.split("[")[1].rstrip("] ").split(","))
-    error = noise.std() / 20
-    assert (low, high) == pytest.approx((0.2 - 1.96 * error, 0.2 + 1.96 * error), abs=0.1 * error)
 
 
 def test_synthetic_rows_follow_the_distribution_whose_recall_is_printed(

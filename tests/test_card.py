@@ -41,7 +41,7 @@ def data(request):
         "Seen: {history}", entry="{rating}* {title}", max_history=5, max_tokens=60, max_title_tokens=6
     )
     sizes = {"batch_size": 3, "eval_batch_size": 4}
-    counts = {"supervised_stretches": 5, "policy_stretches": 7, "val_rows": 3, "test_rows": None}
+    counts = {"warm_start_stretches": 5, "policy_stretches": 7, "val_rows": 3, "test_rows": None}
     module = HistoryDataModule(Log(), template, request.param, **sizes, **counts)
     module.tokenize(ByteTokenizer())
     return module
@@ -80,13 +80,13 @@ def test_card(data):
         expected = {"mean": np.mean(values), "median": np.median(values), "95 %": np.quantile(values, 0.95)}
         assert card[name] == pytest.approx(expected | {"max": max(values)})
     assert card["titles cut"] == 3
-    drawn = {"supervised": 5, "policy": 7, "validation": 3, "test": len(h.test)}
+    drawn = {"warm start": 5, "policy": 7, "validation": 3, "test": len(h.test)}
     assert card["drawn for an epoch"] == drawn
 
 
 def test_padding_is_that_of_the_batches(data):
     loaders = {
-        "supervised": data.dataset(data.plan(0, True), True),
+        "warm start": data.dataset(data.plan(0, True), True),
         "policy": data.dataset(data.plan(0, False), False),
         "validation": data.batches(data.evaluation_rows("val"), 4),
         "test": data.batches(data.evaluation_rows("test"), 4),

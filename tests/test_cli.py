@@ -30,7 +30,7 @@ def small(tables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
                 "prompt": {"max_history": 4, "max_tokens": 128},
                 "batch_size": 8,
                 "policy_stretches": 8,
-                "supervised_stretches": 8,
+                "warm_start_stretches": 8,
                 "val_rows": 8,
                 "test_rows": 8,
             }
@@ -159,7 +159,7 @@ def write_films(folder: Path, items: int) -> None:
     titles.to_csv(folder / "items.csv", index=False)
     files = {"interactions": "log.csv", "items": "items.csv", "cache_dir": str(folder / "cache")}
     source = {"class_path": "recsys.data.Table", "init_args": files}
-    rows = dict.fromkeys(("policy_stretches", "supervised_stretches", "val_rows", "test_rows"), 8)
+    rows = dict.fromkeys(("policy_stretches", "warm_start_stretches", "val_rows", "test_rows"), 8)
     (folder / "data.yaml").write_text(yaml.safe_dump({"source": source, "prompt": {"max_history": 4}, **rows}))
 
 

@@ -38,8 +38,8 @@ class Model(LightningModule):
         self.evaluated = []
 
     def phase_at(self, epoch):
-        supervised = epoch < self.warm_epochs
-        return SimpleNamespace(supervised=supervised, start=0 if supervised else self.warm_epochs)
+        warm_start = epoch < self.warm_epochs
+        return SimpleNamespace(warm_start=warm_start, start=0 if warm_start else self.warm_epochs)
 
     def training_step(self, batch, batch_idx):
         if len(self.seen) == self.fail_at:
@@ -156,10 +156,10 @@ def test_stretches_hold_each_title_with_its_event():
     """A title is a row to train on if it is one of the phase and another stands before it."""
     module = ready(fresh_share=0.25)
     h = module.histories
-    for supervised in (True, False):
-        rows, named = set(module.train_rows(supervised).tolist()), []
-        plan = module.plan(0, supervised)
-        dataset = module.dataset(plan, supervised)
+    for warm_start in (True, False):
+        rows, named = set(module.train_rows(warm_start).tolist()), []
+        plan = module.plan(0, warm_start)
+        dataset = module.dataset(plan, warm_start)
         for batch, stretches in zip(map(dataset.__getitem__, range(len(plan))), plan, strict=True):
             assert batch.row.tolist() == stretches.tolist()
             for i, row in enumerate(stretches.tolist()):
@@ -178,7 +178,7 @@ def test_stretches_hold_each_title_with_its_event():
 
 def test_stretches_of_an_epoch():
     module = ready()
-    drawn = [module.stretches(epoch, supervised=False) for epoch in (0, 0, 1)]
+    drawn = [module.stretches(epoch, warm_start=False) for epoch in (0, 0, 1)]
     assert np.array_equal(drawn[0], drawn[1])
     assert set(drawn[0]) != set(drawn[2])
     assert len(set(drawn[0])) == 25
@@ -187,7 +187,7 @@ def test_stretches_of_an_epoch():
     assert sorted(rows_of(module.train_dataloader())) == sorted(drawn[0])
     assert set(ready(policy_stretches=None).stretches(0, False)) == set(module.stretches(0, True)) == set(every)
     assert set(ready(seed=1).stretches(0, False)) != set(drawn[0])
-    assert len(ready(supervised_stretches=3).stretches(0, True)) == 3
+    assert len(ready(warm_start_stretches=3).stretches(0, True)) == 3
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -201,7 +201,7 @@ def test_coming_stretches_are_those_of_the_next_batches_of_all_processes(world_s
 def test_fresh_rows_are_the_latest_and_not_learnt_from_before():
     module = ready(fresh_share=0.25, policy_stretches=None)
     h = module.histories
-    fresh, stretches = set(module.train_rows(supervised=False)), module.stretches(0, supervised=True)
+    fresh, stretches = set(module.train_rows(warm_start=False)), module.stretches(0, warm_start=True)
     assert len(fresh) == len(h.train) // 4
     assert fresh == set(h.train[-len(fresh) :])
     learnt = {event for row in stretches for event in range(h.history_start(np.array([row]), 4)[0], row + 1)}
@@ -220,7 +220,7 @@ def test_evaluation_rows_are_spread_over_time():
 
 
 @pytest.mark.parametrize(
-    "name", ["batch_size", "eval_batch_size", "policy_stretches", "supervised_stretches", "val_rows"]
+    "name", ["batch_size", "eval_batch_size", "policy_stretches", "warm_start_stretches", "val_rows"]
 )
 def test_sizes_must_be_positive(name):
     with pytest.raises(UserError, match=f"data.{name} must be at least 1"):
@@ -249,7 +249,7 @@ def test_fit_trains_on_the_stretches_of_each_phase_and_validates(tmp_path):
 
 def test_a_phase_draws_the_same_batches_whenever_it_starts(tmp_path):
     late, first = Model(warm_epochs=3), Model()
-    trainer(tmp_path, max_epochs=5).fit(late, data(supervised_stretches=9))
+    trainer(tmp_path, max_epochs=5).fit(late, data(warm_start_stretches=9))
     trainer(tmp_path, max_epochs=2).fit(first, data())
     assert [(epoch - 3, rows) for epoch, rows in late.seen if epoch >= 3] == first.seen
     stretches = [[rows for e, rows in late.seen if e == epoch] for epoch in range(3)]

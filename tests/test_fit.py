@@ -233,7 +233,7 @@ def test_reference_is_the_policy_after_the_warm_start(tables, tmp_path: Path) ->
     run = Run(tables, tmp_path, model={"objective": objective}, max_epochs=3, callbacks=[Snapshot()]).fit()
     assert all(torch.equal(weight, run.negatives.start[name]) for name, weight in after_warm_start.items())
     groups, policy = run.negatives.groups, run.model.policy.eval()
-    [batch] = run.data.batches(run.data.stretches(1, supervised=False)[:4], 4, supervised=False)
+    [batch] = run.data.batches(run.data.stretches(1, warm_start=False)[:4], 4, warm_start=False)
     index, grouped = groups.find(batch.event)
     index = index[grouped]
     assert len(index) > 10

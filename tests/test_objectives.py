@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from recsys.objectives import GRPO, GroupObjective, ScoredGroups, SoftmaxDPO, TAWin
+from recsys.objectives import GRPO, LLPAUC, GroupObjective, ScoredGroups, SoftmaxAtK, SoftmaxDPO, TAWin
 from recsys.tree import Places
 from recsys.types import Batch, UserError
 from recsys.window import ResolvedWindow, Window
@@ -113,7 +113,14 @@ def test_the_sigmoid_gate_has_the_temperature_that_was_given() -> None:
 
 
 @pytest.mark.parametrize(
-    ("objective", "key"), [(TAWin, "temperature"), (TAWin, "clip_eps"), (GRPO, "clip_eps"), (SoftmaxDPO, "beta")]
+    ("objective", "key"),
+    [
+        (TAWin, "temperature"),
+        (TAWin, "clip_eps"),
+        (GRPO, "clip_eps"),
+        (SoftmaxDPO, "beta"),
+        (SoftmaxAtK, "temperature"),
+    ],
 )
 @pytest.mark.parametrize("value", [0.0, -1.0])
 def test_a_scale_that_is_not_positive_is_refused_before_anything_starts(objective, key: str, value: float) -> None:
@@ -198,7 +205,7 @@ def step_on_a_batch(tables, folder: Path, objective: GroupObjective) -> tuple[Ru
     model = {"objective": GRPO(learning_rate=0.0), "warm_start_epochs": 0}
     run = Run(tables, folder, model=model, max_epochs=1, negatives={"count": 10}).fit()
     engine, passes, groups = run.model.engine, [], run.model.groups
-    [batch] = list(run.data.batches(run.data.stretches(0, False)[:8], 8, supervised=False))
+    [batch] = list(run.data.batches(run.data.stretches(0, False)[:8], 8, warm_start=False))
     groups.ref_logprobs = groups.old_logprobs.clone()
     run.model.groups = groups[objective.trains(groups.old_logprobs, run.model.dial.window)]
     hidden = run.model.policy.hidden
@@ -213,7 +220,7 @@ def step_on_a_batch(tables, folder: Path, objective: GroupObjective) -> tuple[Ru
     return run, parts, passes, batch
 
 
-@pytest.mark.parametrize("make", [GRPO, TAWin, SoftmaxDPO])
+@pytest.mark.parametrize("make", [GRPO, TAWin, SoftmaxDPO, SoftmaxAtK, LLPAUC])
 @pytest.mark.parametrize("train_missed", [True, False])
 def test_the_anchor_is_the_mean_nll_of_every_title_in_the_batch(tables, tmp_path: Path, make, train_missed) -> None:
     """Against one full row through the model for each title, also of rows without a group."""
@@ -269,6 +276,58 @@ def test_without_an_anchor_a_stretch_without_a_group_costs_nothing(tables, tmp_p
     assert plain < anchored
 
 
-def test_an_anchor_below_0_is_refused() -> None:
-    with pytest.raises(UserError, match="anchor_coef must be at least 0"):
-        TAWin(anchor_coef=-0.1)
+@pytest.mark.parametrize("key", ["anchor_coef", "anchor_end"])
+def test_an_anchor_below_0_is_refused(key: str) -> None:
+    with pytest.raises(UserError, match=f"{key} must be at least 0"):
+        TAWin(**{key: -0.1})
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.5])
+def test_a_share_of_positives_beyond_all_of_them_is_refused(alpha: float) -> None:
+    with pytest.raises(UserError, match=f"alpha must be above 0 and at most 1, but it is {alpha:g}"):
+        LLPAUC(alpha=alpha)
+
+
+def test_the_anchor_goes_from_its_first_weight_to_its_last(tables, tmp_path: Path) -> None:
+    steps = Steps()
+    objective = TAWin(learning_rate=0.0, anchor_coef=0.6, anchor_end=0.0)
+    model = {"objective": objective, "warm_start_epochs": 1}
+    Run(tables, tmp_path, model=model, max_epochs=3, callbacks=[steps], negatives={"count": 10}).fit()
+    logged = [step for step in steps.logged if "train/anchor" in step]
+    weights = [(step["train/loss"] - step["train/policy_loss"]) / step["train/anchor"] for step in logged]
+    expected = [0.6 * (1 - step / len(weights)) for step in range(len(weights))]
+    assert len(weights) > 4
+    assert weights == pytest.approx(expected, abs=1e-4)
+
+
+def test_softmax_at_k_takes_the_kth_best_score_of_the_last_search(tables, tmp_path: Path) -> None:
+    """Against the scores of the whole catalogue by a full row each; a step scores no negatives."""
+    window = {"window": Window(k=4), "objective": SoftmaxAtK(learning_rate=0.0), "warm_start_epochs": 0}
+    run = Run(tables, tmp_path, model=window, max_epochs=1, negatives={"count": 4}).fit()
+    groups, policy, sequences = run.model.groups, run.model.policy, run.data.item_tokens
+    [batch] = run.data.batches(run.data.stretches(0, False)[:3], 3, warm_start=False)
+    prompts, passes = batch.tokens.numel(), []
+    hidden = policy.hidden
+
+    def counted(tokens: Tensor, *args, **kwargs) -> Tensor:
+        passes.append(tokens.numel())
+        return hidden(tokens, *args, **kwargs)
+
+    policy.hidden = counted
+    parts = run.model.objective.step(run.model.engine, batch, groups, run.model.dial.window)
+    policy.hidden = hidden
+    assert passes == [prompts]
+    losses = []
+    with torch.no_grad():
+        for b in range(len(batch)):
+            tokens = batch.tokens[b].tolist()
+            for event, item, start in zip(
+                *(x[b].tolist() for x in (batch.event, batch.titles, batch.start)), strict=True
+            ):
+                if event >= 0:
+                    every = [
+                        item_logprob(policy, tokens[:start], sequences, i, "trie").item() for i in range(len(sequences))
+                    ]
+                    weight = 1 / (1 + math.exp(sorted(every)[-4] - every[item]))
+                    losses.append(-weight * every[item])
+    assert parts["loss"].item() == pytest.approx(sum(losses) / len(losses), rel=1e-4)

@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from recsys.functional import group_advantages, kl_divergence, policy_loss, softmax_dpo_loss
+from recsys.functional import (
+    group_advantages,
+    kl_divergence,
+    llpauc_loss,
+    policy_loss,
+    softmax_at_k_loss,
+    softmax_dpo_loss,
+)
 
 
 def test_equals_a_loop_over_the_group() -> None:
@@ -161,3 +168,67 @@ def test_softmax_dpo_refuses_wrong_input() -> None:
     for relevance in (first(2, 4), torch.zeros(2, 3, dtype=torch.bool), torch.ones(2, 3, dtype=torch.bool)):
         with pytest.raises(ValueError, match="exactly one positive"):
             softmax_dpo_loss(x, x, relevance, 1.0)
+
+
+def test_softmax_at_k_is_the_papers_formula_with_the_weight_as_a_constant() -> None:
+    """The K-th best score by sorting the whole catalogue, the softmax loss from logits that are not normalised."""
+    torch.manual_seed(4)
+    logits, k, temperature = (3 * torch.randn(40, 30)).double().requires_grad_(), 6, 0.7
+    logprobs = logits.log_softmax(1)
+    positive = torch.randint(30, (40,))
+    threshold = logprobs.detach().topk(k).values[:, -1]
+    own = logprobs.gather(1, positive[:, None])[:, 0]
+    got = softmax_at_k_loss(own, threshold, temperature)
+    weights = []
+    for row in range(40):
+        values = logits[row].tolist()
+        chosen = values[positive[row]]
+        kth = sorted(values, reverse=True)[k - 1]
+        weights.append(1 / (1 + math.exp(-(chosen - kth) / temperature)))
+        softmax = math.log(sum(math.exp(value - chosen) for value in values))
+        assert got[row].item() == pytest.approx(weights[-1] * softmax, rel=1e-10)
+    assert min(weights) < 0.05
+    assert max(weights) > 0.5
+    (gradient,) = torch.autograd.grad(got.sum(), own)
+    torch.testing.assert_close(gradient, -torch.tensor(weights).double())
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.35, 1.0])
+def test_llpauc_is_the_squared_surrogate_over_the_pairs_in_the_corner(alpha: float) -> None:
+    torch.manual_seed(5)
+    logprobs = torch.randn(20, 7).double() - 4
+    positive = torch.randint(7, (20,))
+    got = llpauc_loss(logprobs, torch.eye(7, dtype=torch.bool)[positive], alpha)
+    expected, own = [], []
+    for row in range(20):
+        values = logprobs[row].tolist()
+        chosen = values.pop(positive[row])
+        centre = sum(values) / len(values)
+        f = [1 / (1 + math.exp(centre - value)) for value in (chosen, *values)]
+        own.append(f[0])
+        expected.append(sum((1 - (f[0] - other)) ** 2 for other in f[1:]) / len(values))
+    for row in range(20):
+        counts = sum(other > own[row] for other in own) < math.ceil(20 * alpha)
+        assert got[row].item() == pytest.approx(expected[row] if counts else 0.0, rel=1e-10)
+
+
+def test_llpauc_raises_positives_and_lowers_negatives_whatever_the_scale_of_the_row() -> None:
+    logprobs = (torch.randn(3, 8) - torch.tensor([[0.0], [10.0], [30.0]])).requires_grad_()
+    llpauc_loss(logprobs, first(3, 8), 1.0).sum().backward()
+    assert logprobs.grad is not None
+    assert (logprobs.grad[:, 0] < 0).all()
+    assert (logprobs.grad[:, 1:] > 0).all()
+    assert llpauc_loss(logprobs[:0], first(0, 8), 0.5).shape == (0,)
+
+
+def test_the_losses_that_aim_at_the_top_refuse_wrong_input() -> None:
+    x = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match="temperature must be greater than 0"):
+        softmax_at_k_loss(x[0], x[0], 0)
+    with pytest.raises(ValueError, match=r"must be \[B\], got \[3\], \[2\]"):
+        softmax_at_k_loss(x[0], x[:, 0], 1.0)
+    for alpha in (0.0, 1.1):
+        with pytest.raises(ValueError, match="alpha must be above 0 and at most 1"):
+            llpauc_loss(x, first(2, 3), alpha)
+    with pytest.raises(ValueError, match="exactly one positive per row"):
+        llpauc_loss(x, torch.zeros(2, 3, dtype=torch.bool), 0.5)

@@ -80,7 +80,7 @@ class Watch(Callback):
         assert all(p.to_local().numel() * 2 == p.numel() for p in parts)
         assert sum(p.dtype == torch.uint8 for p in parts) == 14
         module.eval()
-        batch = next(iter(module.data.batches(module.data.stretches(1, supervised=False), 4)))
+        batch = next(iter(module.data.batches(module.data.stretches(1, warm_start=False), 4)))
         with torch.no_grad():
             prompt, places = module.engine.prefill(batch.tokens), Places.ends(batch.length)
             both = beam_search(module.engine, prompt, places, 12)

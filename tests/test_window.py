@@ -10,7 +10,7 @@ import pytest
 from recsys.types import UserError
 from recsys.window import DialSettings, Window
 
-GROUPS = DialSettings(Window(), best_share=1.0, windowed=True)
+GROUPS = DialSettings(Window(), best_share=1.0, reach="window")
 
 
 @pytest.mark.parametrize("items", [3, 21, 300, 100_000])
@@ -76,6 +76,11 @@ def test_an_exact_list_holds_every_item() -> None:
         ({"window": Window(k=20), "count": 30}, "negatives.count is 30.*set negatives.count to 31"),
         ({"window": Window(k=20), "count": 40, "best_share": 0.5}, "negatives.count is 40.*set negatives.count to 62"),
         ({"best_share": 0.0}, "negatives.mode is random, but model.objective.*set negatives.mode to beam"),
+        (
+            {"best_share": 0.0, "reach": "k"},
+            "negatives.mode is random, but model.objective.*set negatives.mode to beam",
+        ),
+        ({"window": Window(k=20), "count": 19, "reach": "k"}, "K 20, but negatives.count is 19: set .* to 20 or more"),
         ({"cutoffs": (0, 5)}, "model.cutoffs must be at least 1"),
         ({"num_beams": 0}, "a list needs an item, but model.num_beams is 0"),
     ],
@@ -114,3 +119,8 @@ def test_what_the_catalogue_does_not_allow_is_refused(change: dict, message: str
 def test_a_window_that_is_none_is_refused(options: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         Window(**options)
+
+
+def test_an_objective_that_asks_for_the_kth_best_gets_k_negatives() -> None:
+    assert replace(GROUPS, window=Window(k=7), reach="k").resolve(100, 99).group_negatives == 7
+    assert replace(GROUPS, window=Window(k=7), reach="k", best_share=0.5).resolve(100, 99).group_negatives == 14

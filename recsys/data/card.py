@@ -29,7 +29,7 @@ def data_card(data: HistoryDataModule) -> dict[str, Any]:
     rows = np.concatenate(list(parts.values()))
     seen_users, seen_items = histories.users[histories.train], histories.items[histories.train]
     titles = Counter(map(tuple, data.item_tokens))
-    plans = {"supervised": (data.plan(0, supervised=True), True), "policy": (data.plan(0, supervised=False), True)}
+    plans = {"warm start": (data.plan(0, warm_start=True), True), "policy": (data.plan(0, warm_start=False), True)}
     for name, drawn in (("validation", data.evaluation_rows("val")), ("test", data.evaluation_rows("test"))):
         plans[name] = plan_batches(drawn, data.encoder.lengths(histories, drawn), data.eval_batch_size), False
     return {
@@ -73,7 +73,8 @@ def _share_not_in(values: np.ndarray, others: np.ndarray) -> float:
 
 
 def _padding(data: HistoryDataModule, plan: list[np.ndarray], answers: bool) -> float:
-    lengths = [data.encoder.lengths(data.histories, batch, answers) for batch in plan]
+    every = data.encoder.lengths(data.histories, np.concatenate(plan), answers)
+    lengths = np.split(every, np.cumsum([len(batch) for batch in plan])[:-1])
     return 1 - float(sum(batch.sum() for batch in lengths) / sum(len(batch) * batch.max() for batch in lengths))
 
 

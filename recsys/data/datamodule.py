@@ -18,7 +18,7 @@ from recsys.data.sources import Columns, Source
 from recsys.types import Batch, UserError
 
 _SIZES = ("batch_size", "eval_batch_size")
-_COUNTS = ("supervised_stretches", "policy_stretches", "val_rows", "test_rows")
+_COUNTS = ("warm_start_stretches", "policy_stretches", "val_rows", "test_rows")
 _LEAST = dict.fromkeys(_SIZES + _COUNTS, 1) | {"num_workers": 0, "seed": 0}
 
 
@@ -29,7 +29,7 @@ class HistoryDataModule(LightningDataModule):
     stretches do not overlap, and every title in one is a row of its own, whose history is what precedes it there.
 
     The Lightning module provides ``tokenizer``, ready before its ``setup``, and ``phase_at(epoch)``, the phase of an
-    epoch: ``supervised: bool`` tells whether it needs no negatives, and ``start: int`` is its first epoch. An epoch is
+    epoch: ``warm_start: bool`` tells whether it is the warm start, and ``start: int`` is its first epoch. An epoch is
     counted within its phase wherever it determines what is drawn, so a policy phase after a warm start draws what it
     would draw without one.
 
@@ -41,11 +41,10 @@ class HistoryDataModule(LightningDataModule):
         split: ``temporal`` cuts all rows 80/10/10 by time; ``leave_one_out`` tests on each user's last event.
         batch_size: Most stretches in a training batch, on each device.
         eval_batch_size: Most rows in a batch of validation, test and prediction, on each device.
-        supervised_stretches: Stretches drawn anew for each supervised epoch, without replacement; null uses all.
-        policy_stretches: Stretches drawn anew for each epoch of policy optimisation, likewise.
-        fresh_share: Share of the train rows, the latest in time, that supervised training leaves out and the groups of
-            policy optimisation are confined to, so that it meets targets which the policy has not learnt by heart; 0
-            trains both on all rows.
+        warm_start_stretches: Stretches drawn anew for each epoch of the warm start, without replacement; null uses all.
+        policy_stretches: Stretches drawn anew for each epoch of the objective, likewise.
+        fresh_share: Share of the train rows, the latest in time, that the warm start leaves out and the objective is
+            confined to, so that it meets targets which the policy has not learnt by heart; 0 trains both on all rows.
         val_rows: Validation rows, spread evenly over the split's time; null uses all.
         test_rows: Test and prediction rows, spread evenly over the split's time; null uses all.
         num_workers: Processes that build batches; 0 builds them in the main process.
@@ -79,7 +78,7 @@ class HistoryDataModule(LightningDataModule):
         split: Split = "temporal",
         batch_size: int = 8,
         eval_batch_size: int = 16,
-        supervised_stretches: int | None = None,
+        warm_start_stretches: int | None = None,
         policy_stretches: int | None = None,
         fresh_share: float = 0.0,
         val_rows: int | None = None,
@@ -93,7 +92,7 @@ class HistoryDataModule(LightningDataModule):
         self.split = split
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
-        self.supervised_stretches = supervised_stretches
+        self.warm_start_stretches = warm_start_stretches
         self.policy_stretches = policy_stretches
         self.fresh_share = fresh_share
         self.val_rows = val_rows
@@ -156,30 +155,30 @@ class HistoryDataModule(LightningDataModule):
         self.item_tokens = self.catalog.tokenize(tokenizer, self.prompt.end, self.prompt.max_title_tokens)
         self.encoder = PromptEncoder(tokenizer, self.item_tokens, self.prompt, self.entries)
 
-    def train_rows(self, supervised: bool) -> np.ndarray:
+    def train_rows(self, warm_start: bool) -> np.ndarray:
         """Rows that a phase may train on: [R] int64 event indices."""
         train = self.histories.train
         fresh = int(self.fresh_share * len(train))
         if not fresh:
             return train
-        return train[:-fresh] if supervised else train[-fresh:]
+        return train[:-fresh] if warm_start else train[-fresh:]
 
-    def stretches(self, epoch: int, supervised: bool) -> np.ndarray:
+    def stretches(self, epoch: int, warm_start: bool) -> np.ndarray:
         """Stretches of one epoch of a phase, each named by its last row: [S] int64 event indices."""
-        stretches = self.histories.stretches(self.train_rows(supervised), self.prompt.max_history)
-        count = self.supervised_stretches if supervised else self.policy_stretches
+        stretches = self.histories.stretches(self.train_rows(warm_start), self.prompt.max_history)
+        count = self.warm_start_stretches if warm_start else self.policy_stretches
         if count is None or count >= len(stretches):
             return stretches
         return np.random.default_rng([self.seed, epoch]).choice(stretches, count, replace=False)
 
-    def coming(self, epoch: int, supervised: bool, world_size: int, batches: slice) -> np.ndarray:
+    def coming(self, epoch: int, warm_start: bool, world_size: int, batches: slice) -> np.ndarray:
         """Stretches in some batches of one epoch of a phase, those of all processes: [S] int64 event indices."""
-        plans = [self.plan(epoch, supervised, rank, world_size)[batches] for rank in range(world_size)]
+        plans = [self.plan(epoch, warm_start, rank, world_size)[batches] for rank in range(world_size)]
         return np.unique(np.concatenate([batch for plan in plans for batch in plan]))
 
-    def plan(self, epoch: int, supervised: bool, rank: int = 0, world_size: int = 1) -> list[np.ndarray]:
+    def plan(self, epoch: int, warm_start: bool, rank: int = 0, world_size: int = 1) -> list[np.ndarray]:
         """Stretches in each batch that one process trains on in one epoch of a phase."""
-        rows = self.stretches(epoch, supervised)
+        rows = self.stretches(epoch, warm_start)
         lengths = self.encoder.lengths(self.histories, rows, answers=True)
         return plan_batches(rows, lengths, self.batch_size, [self.seed, epoch], rank, world_size)
 
@@ -189,37 +188,37 @@ class HistoryDataModule(LightningDataModule):
         count = min(count or len(rows), len(rows))
         return rows[np.arange(count) * len(rows) // count]
 
-    def dataset(self, plan: list[np.ndarray], supervised: bool | None) -> BatchDataset:
-        """Batches of a plan, for training in a supervised phase or another; None for evaluation."""
+    def dataset(self, plan: list[np.ndarray], warm_start: bool | None) -> BatchDataset:
+        """Batches of a plan, for training in the warm start or behind it; None for evaluation."""
         trained = None
-        if supervised is not None:
+        if warm_start is not None:
             trained = np.zeros(len(self.histories.items), dtype=bool)
-            trained[self.train_rows(supervised)] = True
+            trained[self.train_rows(warm_start)] = True
         return BatchDataset(self.histories, self.encoder, plan, trained)
 
     def batches(
-        self, rows: np.ndarray, batch_size: int, supervised: bool | None = None, rank: int = 0, world_size: int = 1
+        self, rows: np.ndarray, batch_size: int, warm_start: bool | None = None, rank: int = 0, world_size: int = 1
     ) -> DataLoader[Batch]:
         """Loader of one process's share of ``rows``, longest first, see :func:`recsys.data.batches.plan_batches`.
 
         Args:
             rows: [R] int64 event indices. A row that another process has already got carries ``row`` -1.
             batch_size: Most rows in a batch.
-            supervised: As for :meth:`dataset`.
+            warm_start: As for :meth:`dataset`.
             rank: This process.
             world_size: Number of processes.
         """
-        lengths = self.encoder.lengths(self.histories, rows, answers=supervised is not None)
+        lengths = self.encoder.lengths(self.histories, rows, answers=warm_start is not None)
         plan = plan_batches(rows, lengths, batch_size, None, rank, world_size)
-        return DataLoader(self.dataset(plan, supervised), batch_size=None, num_workers=self.num_workers)
+        return DataLoader(self.dataset(plan, warm_start), batch_size=None, num_workers=self.num_workers)
 
     def train_dataloader(self) -> ResumableLoader:
         """The current epoch's stretches; a run that resumes inside the epoch continues with the next batch."""
         trainer: Any = self.trainer
         epoch = trainer.current_epoch
         phase = trainer.lightning_module.phase_at(epoch)
-        plan = self.plan(epoch - phase.start, phase.supervised, trainer.global_rank, trainer.world_size)
-        return ResumableLoader(self.dataset(plan, phase.supervised), trainer, num_workers=self.num_workers)
+        plan = self.plan(epoch - phase.start, phase.warm_start, trainer.global_rank, trainer.world_size)
+        return ResumableLoader(self.dataset(plan, phase.warm_start), trainer, num_workers=self.num_workers)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """The validation rows."""

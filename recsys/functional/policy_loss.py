@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["kl_divergence", "policy_loss", "softmax_dpo_loss"]
+__all__ = ["kl_divergence", "llpauc_loss", "policy_loss", "softmax_at_k_loss", "softmax_dpo_loss"]
 
 # exp() is used up to this log ratio, and its tangent from there on. The log-probability of a whole item is a sum over
 # tokens, so one stale item can reach a log ratio of 89, where float32 overflows and the loss turns into inf or NaN. The
@@ -99,6 +99,69 @@ def softmax_dpo_loss(logprobs: Tensor, ref_logprobs: Tensor, relevance: Tensor, 
     if not beta > 0:
         raise ValueError(f"beta must be greater than 0, got {beta}")
     x = beta * _log_ratio("softmax_dpo_loss", logprobs, ref_logprobs.detach())
-    if relevance.shape != x.shape or bool((relevance.sum(dim=1) != 1).any()):
-        raise ValueError(f"relevance must be {list(x.shape)} with exactly one positive per row")
+    _check_relevance(relevance, x)
     return x.logsumexp(dim=1) - x[relevance]
+
+
+def softmax_at_k_loss(logprobs: Tensor, threshold: Tensor, temperature: float) -> Tensor:
+    """Loss of SL@K (arXiv 2508.05673, without the weights' denominator): sigmoid((s - beta_K) / temperature) * -s.
+
+    -s is the softmax loss of a positive if its log-probability s is normalised over the catalogue, and beta_K the score
+    of the K-th best item. Deviation: the weight is a constant. Cosine similarities, as in the paper, keep its gradient
+    small; log-losses of several nats would turn the sign of the whole.
+
+    Args:
+        logprobs: [B], finite log-probabilities of the positives under the current policy, in nats.
+        threshold: [B], beta_K, a constant.
+        temperature: distance to the threshold over which the weight falls, > 0.
+
+    Returns:
+        [B] in nats, float64 for float64 log-probabilities, else float32.
+
+    Raises:
+        ValueError: shapes differ, or ``temperature`` <= 0.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature must be greater than 0, got {temperature}")
+    if logprobs.ndim != 1 or logprobs.shape != threshold.shape:
+        raise ValueError(f"logprobs and threshold must be [B], got {list(logprobs.shape)}, {list(threshold.shape)}")
+    distance = _log_ratio("softmax_at_k_loss", logprobs[:, None], threshold[:, None])[:, 0].detach()
+    return torch.sigmoid(distance / temperature) * -logprobs.to(distance.dtype)
+
+
+def llpauc_loss(logprobs: Tensor, relevance: Tensor, alpha: float) -> Tensor:
+    """Squared surrogate of the lower-left partial AUC (LLPAUC, arXiv 2403.00844): mean_j (1 - (f+ - f_j))^2.
+
+    Only the share ``alpha`` of groups counts whose positives have the highest f, ceil(alpha * B) of them; the others'
+    losses are 0. The mean is over the group's negatives, the best of all, which bound the false positive rate. The
+    paper samples negatives and learns the thresholds of both rates by a minimax problem; here both are known. f in
+    [0, 1] is, as there, the sigmoid of a score. Deviation: log-probabilities are scores up to a constant of the row,
+    which is chosen so that the group's negatives have a mean of 0.
+
+    Args:
+        logprobs: [B, G], finite log-probabilities of the items under the current policy, in nats.
+        relevance: [B, G], bool, exactly one positive per row.
+        alpha: bound of the true positive rate, in (0, 1].
+
+    Returns:
+        [B], float64 for float64 log-probabilities, else float32.
+
+    Raises:
+        ValueError: ``logprobs`` is not 2-D, a row has not exactly one positive, or ``alpha`` leaves (0, 1].
+    """
+    if not 0 < alpha <= 1:
+        raise ValueError(f"alpha must be above 0 and at most 1, got {alpha}")
+    scores = _log_ratio("llpauc_loss", logprobs, torch.zeros_like(logprobs))
+    _check_relevance(relevance, scores)
+    if not len(scores):
+        return scores.sum(1)
+    negatives = scores[~relevance].view(len(scores), -1)
+    centre = negatives.detach().mean(1, keepdim=True)
+    positive, negative = torch.sigmoid(scores[relevance] - centre[:, 0]), torch.sigmoid(negatives - centre)
+    least = positive.detach().topk(math.ceil(alpha * len(positive))).values[-1]
+    return (1 - (positive[:, None] - negative)).square().mean(1) * (positive.detach() >= least)
+
+
+def _check_relevance(relevance: Tensor, scores: Tensor) -> None:
+    if relevance.shape != scores.shape or bool((relevance.sum(dim=1) != 1).any()):
+        raise ValueError(f"relevance must be {list(scores.shape)} with exactly one positive per row")
