@@ -24,13 +24,12 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from checkpoint import load
 from measure import timed
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from callbacks.beam_negatives import BeamNegatives, best_others
-from recsys.cli import RecsysCLI
 from recsys.data import HistoryDataModule
 from recsys.functional import gate_open
 from recsys.groups import Groups
@@ -250,26 +249,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64, help="rows in a batch of the other ways")
     parser.add_argument("--checked", type=int, default=32, help="stretches whose groups are compared with exact ranks")
     arguments, rest = parser.parse_known_args()
-    cli = RecsysCLI(
-        Recommender,
-        HistoryDataModule,
-        args=rest,
-        run=False,
-        trainer_class=Trainer,
-        subclass_mode_model=False,
-        save_config_callback=None,
-        auto_configure_optimizers=False,
-        seed_everything_default=0,
-    )
-    model, data, trainer = cli.model, cli.datamodule, cli.trainer
-    negatives = next(c for c in trainer.callbacks if isinstance(c, BeamNegatives))
-    model.trainer, trainer.datamodule = trainer, data
-    model.prepare_data()
-    data.tokenize(model.tokenizer)
-    model.setup("fit")
-    model.configure_model()
-    model.load_state_dict(torch.load(arguments.ckpt_path, weights_only=False)["state_dict"], strict=False)
-
+    model, negatives = load(arguments.ckpt_path, rest)
+    data = model.data
     data.policy_stretches = arguments.stretches
     stretches, window = data.stretches(0, warm_start=False), model.dial.window
     searched = list(data.batches(stretches, negatives.batch_size, False))

@@ -338,3 +338,34 @@ def test_baselines(benchmark_main, tables: dict[str, str], capsys: pytest.Captur
     own = counts[h.items[h.test]][:, None]
     recall = ((10 - (counts > own).sum(1)) / (counts == own).sum(1)).clip(0, 1).mean()  # ties share their places
     assert models[3][5].split()[0] == f"{recall:.4f}"
+
+
+def test_noise(benchmark_main, tables: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """Halves of equal rows: no noise. The gradient of the policy loss raises WPAUC on its own rows."""
+    root = Path(__file__).parents[1]
+    monkeypatch.chdir(tmp_path)
+    config = [f"--config={root}/configs/debug.yaml", "--data.source=recsys.data.Table", "--model.window.k=3"]
+    config += [f"--data.source.init_args.{key}={tables[key]}" for key in ("interactions", "items", "cache_dir")]
+    config += ["--model.policy.init_args.hidden_size=32", "--data.warm_start_stretches=null"]
+    cli_main(["fit", *config, "--trainer.enable_progress_bar=false", "--trainer.max_epochs=1"])
+    capsys.readouterr()
+    arguments = ["--ckpt_path", "checkpoints/debug/version_0/last.ckpt", "--stretches", "60", "--checked", "4"]
+    monkeypatch.setattr(sys, "argv", ["noise.py", *arguments, "--steps", "1e-6", "3e-3", *config])
+    main = benchmark_main("noise")
+    module = sys.modules["noise"]
+    main()
+    out = capsys.readouterr().out.splitlines()
+    assert re.match(r"\d+ rows, [1-9]\d* groups trained by TAWin; Dial: K 3", out[0])
+    assert [line.split("|")[1].strip() for line in out[4:6]] == ["policy loss", "NLL"]
+    tiny, step = (line.split("|")[1:-1] for line in out[-2:])
+    assert float(tiny[1].split()[0]) == float(tiny[2].split()[0]) == 0
+    assert float(step[1].split()[0]) > 0
+    generator = torch.Generator().manual_seed(0)
+    signal, noise = torch.randn(20_000, generator=generator), 3 * torch.randn(2, 20_000, generator=generator)
+    same = module.described([[signal], [signal]], rows=100)
+    assert same[1:] == ("1.000", "0")
+    length, cosine, scale = module.described([[signal + part] for part in noise], rows=100)
+    assert float(length) == pytest.approx(signal.norm().item(), rel=0.15)
+    assert float(cosine) == pytest.approx(0.1, abs=0.02)
+    assert float(scale) == pytest.approx(9 * 100 / 2, rel=0.3)  # noise of half of the rows is nine times the signal
+    assert module.described([[signal], [-signal]], rows=100)[2] == "no end in sight"

@@ -1,0 +1,39 @@
+"""A config's model with its data and a checkpoint's weights, ready to search and to train, for measurements."""
+
+from __future__ import annotations
+
+import torch
+from lightning.pytorch import Trainer
+
+from callbacks.beam_negatives import BeamNegatives
+from recsys.cli import RecsysCLI
+from recsys.data import HistoryDataModule
+from recsys.module import Recommender
+
+
+def load(path: str, arguments: list[str]) -> tuple[Recommender, BeamNegatives]:
+    """Return the model, its trainer and data attached, and the callback that finds its groups.
+
+    Args:
+        path: Checkpoint of a run of this config.
+        arguments: Of the ``recsys`` command, the config among them.
+    """
+    cli = RecsysCLI(
+        Recommender,
+        HistoryDataModule,
+        args=arguments,
+        run=False,
+        trainer_class=Trainer,
+        subclass_mode_model=False,
+        save_config_callback=None,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+    )
+    model, data, trainer = cli.model, cli.datamodule, cli.trainer
+    model.trainer, trainer.datamodule = trainer, data
+    model.prepare_data()
+    data.tokenize(model.tokenizer)
+    model.setup("fit")
+    model.configure_model()
+    model.load_state_dict(torch.load(path, weights_only=False)["state_dict"], strict=False)
+    return model, next(c for c in trainer.callbacks if isinstance(c, BeamNegatives))
