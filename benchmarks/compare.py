@@ -231,7 +231,7 @@ def main(
         against: Variants from which the others' differences are shown, the first one in the figure too; by default the
             warm start, or else the first.
         test: Report on the test rows.
-        only: Variants to run; by default all. `like` and `against` must be among them.
+        only: Variants to run, by default all; with them those that `like`, `as_many_as` and `against` name.
         jobs: Runs at the same time; set OMP_NUM_THREADS so that they share the cores.
     """
     root = Path(out)
