@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from recsys.functional import group_advantages, tawin_advantages, windowed_partial_auc
     from recsys.metrics import NDCG, WPAUC, Recall
     from recsys.module import Recommender
-    from recsys.objectives import GRPO, SoftmaxDPO, SupervisedFineTuning, TAWin
+    from recsys.objectives import GRPO, LLPAUC, SoftmaxAtK, SoftmaxDPO, SupervisedFineTuning, TAWin
     from recsys.policy import LLMPolicy, Lora, TinyPolicy
     from recsys.window import Window
 
@@ -24,7 +24,7 @@ _MODULES = {
     "recsys.functional": ("group_advantages", "tawin_advantages", "windowed_partial_auc"),
     "recsys.metrics": ("NDCG", "WPAUC", "Recall"),
     "recsys.module": ("Recommender",),
-    "recsys.objectives": ("GRPO", "SoftmaxDPO", "SupervisedFineTuning", "TAWin"),
+    "recsys.objectives": ("GRPO", "LLPAUC", "SoftmaxAtK", "SoftmaxDPO", "SupervisedFineTuning", "TAWin"),
     "recsys.policy": ("LLMPolicy", "Lora", "TinyPolicy"),
     "recsys.window": ("Window",),
 }
@@ -32,6 +32,7 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "GRPO",
+    "LLPAUC",
     "NDCG",
     "WPAUC",
     "DataFrames",
@@ -42,6 +43,7 @@ __all__ = [
     "PromptTemplate",
     "Recall",
     "Recommender",
+    "SoftmaxAtK",
     "SoftmaxDPO",
     "SupervisedFineTuning",
     "TAWin",
