@@ -77,7 +77,7 @@ class Run:
 
     @property
     def cost(self) -> dict[str, Any]:
-        """The version that has ended, and its stretches, seconds of training, gigabytes and token rows."""
+        """The version that has ended, its arguments, seconds of training, gigabytes and token rows."""
         return json.loads((self.folder / "cost.json").read_text())
 
     @property
@@ -99,6 +99,10 @@ class Run:
     def train(self, start: Path | None) -> None:
         """Train, and write what it cost when it has ended well."""
         if (self.folder / "cost.json").is_file():
+            if self.cost["arguments"] != list(self.arguments):
+                raise SystemExit(
+                    f"{self.folder}: made with other arguments; set another `out`, or move the folder away"
+                )
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         before = set(self.folder.glob("version_*"))
@@ -114,6 +118,7 @@ class Run:
         settings = yaml.safe_load((version / "config.yaml").read_text())
         cost = {
             "version": version.name,
+            "arguments": list(self.arguments),
             "seconds a stretch": seconds / settings["data"]["batch_size"],
             "seconds": seconds * (last.step - first.step + settings["trainer"]["log_every_n_steps"]),
             "gigabytes": gigabytes,
