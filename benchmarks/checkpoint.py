@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import torch
-from lightning.pytorch import Trainer
 
 from callbacks.beam_negatives import BeamNegatives
-from recsys.cli import RecsysCLI
-from recsys.data import HistoryDataModule
+from recsys.cli import command_line
 from recsys.module import Recommender
 
 
@@ -18,17 +16,7 @@ def load(path: str, arguments: list[str]) -> tuple[Recommender, BeamNegatives]:
         path: Checkpoint of a run of this config.
         arguments: Of the ``recsys`` command, the config among them.
     """
-    cli = RecsysCLI(
-        Recommender,
-        HistoryDataModule,
-        args=arguments,
-        run=False,
-        trainer_class=Trainer,
-        subclass_mode_model=False,
-        save_config_callback=None,
-        auto_configure_optimizers=False,
-        seed_everything_default=0,
-    )
+    cli = command_line(arguments, run=False, save_config_callback=None)
     model, data, trainer = cli.model, cli.datamodule, cli.trainer
     model.trainer, trainer.datamodule = trainer, data
     model.prepare_data()

@@ -194,9 +194,7 @@ class FoundGroups:
 
     groups: Groups  # of the rows whose groups are trained
     rows: int
-    found: (
-        int | None
-    )  # rows whose positive is not below all of the best; None without these, or if searches ended early
+    found: int | None  # rows whose positive is not below all of the best; None if not searched for to the end
 
 
 def best_others(trie: Trie, ranking: Ranking, target: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -116,6 +116,25 @@ class RecsysCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
 
+def command_line(args: list[str] | None, **kwargs: Any) -> RecsysCLI:
+    """Return the command line with the model, the data module and the trainer of this project; runs unless told not to.
+
+    Args:
+        args: Arguments; those of the process by default.
+        kwargs: Further arguments of LightningCLI.
+    """
+    return RecsysCLI(
+        Recommender,
+        HistoryDataModule,
+        args=args,
+        trainer_class=Trainer,
+        subclass_mode_model=False,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        **kwargs,
+    )
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the command line.
 
@@ -132,17 +151,7 @@ def main(args: list[str] | None = None) -> None:
         if (sys.argv[1:] if args is None else args) == ["configs"]:
             copy_configs(Path("configs"))
             return
-        RecsysCLI(
-            Recommender,
-            HistoryDataModule,
-            args=args,
-            save_config_callback=SaveConfig,
-            trainer_class=Trainer,
-            subclass_mode_model=False,
-            auto_configure_optimizers=False,
-            seed_everything_default=0,
-            parser_kwargs={"description": DESCRIPTION},
-        )
+        command_line(args, save_config_callback=SaveConfig, parser_kwargs={"description": DESCRIPTION})
     except UserError as error:
         print(f"recsys: error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
