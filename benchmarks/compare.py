@@ -210,6 +210,7 @@ def main(
     seconds: float | None = None,
     grid: list[list[dict[str, Any]]] | None = None,
     rungs: tuple[float, ...] = (1.0,),
+    chosen: dict[str, dict[str, Any]] | None = None,
     prepare: list[str] | None = None,
     tune: str = "wpauc",
     against: tuple[str, ...] = (),
@@ -231,6 +232,7 @@ def main(
         seconds: Time that each variant trains for, behind the warm start; null leaves the config's numbers.
         grid: Choices to make, one after the other, each between some settings (options with their values).
         rungs: Shares of the budget in successive halving: after each, the better half goes on, after the last the best.
+        chosen: Settings of variants that need no choice any more, as an earlier run printed them.
         prepare: Script beside this one, and its arguments, to run first.
         tune: Validation metric to choose by. A variant's `wpauc` is that of its own window.
         against: Variants from which the others' differences are shown, the first one in the figure too; by default the
@@ -239,6 +241,10 @@ def main(
         only: Variants to run, by default all; with them those that `like`, `as_many_as` and `against` name.
         jobs: Runs at the same time; set OMP_NUM_THREADS so that they share the cores.
     """
+    compared = {name: variants[name] for name in only or variants}
+    named = {name for v in compared.values() for name in (v.like, v.as_many_as) if name}.union(against)
+    if lacking := sorted(named - {WARM_START, *compared}):
+        raise SystemExit(f"only: {', '.join(lacking)} is needed too, or another `against`")
     root = Path(out)
     if prepare is not None:
         script, *arguments = (argument.replace("{folder}", folder) for argument in prepare)
@@ -246,15 +252,15 @@ def main(
     shared = tuple(argument.replace("{folder}", folder) for argument in fit)
     warm = [Run(root, WARM_START, (*shared, *(warm_start or [])), seed) for seed in seeds if warm_start is not None]
     parallel(lambda run: run.train(None), warm, jobs)
-    chosen = {name: variants[name] for name in only or variants}
     start = {run.seed: run.checkpoint for run in warm}
-    sweep = Sweep(root, shared, chosen, seeds, start, warm_start_epochs, seconds, jobs)
+    sweep = Sweep(root, shared, compared, seeds, start, warm_start_epochs, seconds, jobs)
     if seconds is not None:
-        sweep.train(sweep.pilot(name) for name in chosen)
-    settings = choose(sweep, grid or {}, rungs, tune)
+        sweep.train(sweep.pilot(name) for name in compared)
+    settings = choose(sweep, grid or [], rungs, tune, chosen or {})
+    print(f"chosen: {json.dumps(settings)}", flush=True)
     table = {WARM_START: warm} if warm else {}
-    table |= {name: [sweep.run(name, settings[name], seed) for seed in seeds] for name in chosen}
-    sweep.train(run for name in chosen for run in table[name])
+    table |= {name: [sweep.run(name, settings[name], seed) for seed in seeds] for name in compared}
+    sweep.train(run for name in compared for run in table[name])
     if test:
         parallel(Run.test, [run for runs in table.values() for run in runs], jobs)
     ranks = {name: read([run.ranks(test) for run in runs]) for name, runs in table.items()}
@@ -267,13 +273,16 @@ def main(
 
 
 def choose(
-    sweep: Sweep, grid: list[list[dict[str, Any]]], rungs: tuple[float, ...], tune: str
+    sweep: Sweep,
+    grid: list[list[dict[str, Any]]],
+    rungs: tuple[float, ...],
+    tune: str,
+    chosen: dict[str, dict[str, Any]],
 ) -> dict[str, dict[str, Any]]:
     """Return each variant's settings: one choice after the other, each by successive halving with the first seed."""
-    found: dict[str, dict[str, Any]] = {}
-    choices = {name: grid if v.grid is None else v.grid for name, v in sweep.variants.items() if v.like is None}
-    for name in choices:
-        found[name] = {}
+    own = {name: v for name, v in sweep.variants.items() if v.like is None}
+    choices = {name: grid if v.grid is None else v.grid for name, v in own.items() if name not in chosen}
+    found = {name: chosen.get(name, {}) for name in own}
     for place in range(max(map(len, choices.values()), default=0)):
         left = {
             name: [found[name] | cell for cell in each[place]] for name, each in choices.items() if place < len(each)

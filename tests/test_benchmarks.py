@@ -175,6 +175,12 @@ def test_compare_tunes_on_validation_shares_the_warm_start_and_repeats_no_run(
     assert all((start[name] - weight).abs().max() < 1e-6 for name, weight in lazy.items())
     main(comparison, variants, "runs/sweep", **options)
     assert " fit " not in capsys.readouterr().out
+    [other] = {"1e-09", "0.003"} - {best}
+    main(comparison, variants, "runs/sweep", chosen={"SFT": {RATE: float(other)}}, **options)
+    assert f"| SFT | learning_rate={other} |" in Path("runs/sweep/table.md").read_text()
+    with pytest.raises(SystemExit, match="only: SFT is needed too"):
+        main(comparison, variants | {"other": variants["SFT"]}, "none", only=("other",), against=("SFT",), **options)
+    assert not Path("none").exists()
     with pytest.raises(SystemExit, match="warm start/seed3: made with other arguments"):
         main([*comparison, "--trainer.log_every_n_steps=2"], variants, "runs/sweep", **options)
     Path(f"runs/sweep/SFT/learning_rate={best}/seed3/cost.json").unlink()  # as if it had been stopped
