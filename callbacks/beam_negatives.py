@@ -11,9 +11,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from tqdm import tqdm
 
+from callbacks.adapter_checkpoint import AdapterCheckpoint
 from recsys.functional import sample_outside
 from recsys.groups import Groups, GroupSource
 from recsys.module import Recommender
@@ -59,14 +61,18 @@ class BeamNegatives(GroupSource):
         self.every_n_steps = every_n_steps
         self.batch_size = batch_size
         self.groups: Groups | None = None
+        self.begun: dict[str, Any] | None = None  # what an unfinished refresh has found
         self.start: dict[str, Tensor] | None = None  # trained weights at the first refresh: the KL term's reference
 
     # ---- when -------------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: Trainer, pl_module: Recommender) -> None:  # type: ignore[override]
-        """Hand over the groups of a checkpoint."""
-        if self.groups is not None:
+        """Hand over the groups of a checkpoint, unless the objective has become one that needs more of them."""
+        needed = isinstance(pl_module.objective, GroupObjective) and pl_module.objective.needs_reference
+        if self.groups is not None and (self.groups.ref_logprobs is not None or not needed):
             self.groups = pl_module.groups = self.groups.to(pl_module.device)
+        else:
+            self.groups = None
 
     def on_train_batch_start(  # type: ignore[override]
         self, trainer: Trainer, pl_module: Recommender, batch: Batch, batch_idx: int
@@ -84,10 +90,12 @@ class BeamNegatives(GroupSource):
         phase, data = module.phase_at(epoch), module.data
         epoch -= phase.start
         every = (self.every_n_steps or 0) * trainer.accumulate_grad_batches
-        if phase.supervised or (batch_idx % every if every else batch_idx or epoch % self.every_n_epochs):
+        done = batch_idx % every if every else batch_idx or epoch % self.every_n_epochs
+        if phase.supervised or (done and self.groups is not None):
             return np.empty(0, dtype=np.int64)
         if every:
-            return data.coming(epoch, False, trainer.world_size, slice(batch_idx, batch_idx + every))
+            coming = slice(batch_idx, batch_idx - batch_idx % every + every)
+            return data.coming(epoch, False, trainer.world_size, coming)
         epochs = range(epoch, epoch + self.every_n_epochs)
         return np.unique(np.concatenate([data.stretches(e, warm_start=False) for e in epochs]))
 
@@ -101,13 +109,10 @@ class BeamNegatives(GroupSource):
         """
         began = time.perf_counter()
         phase = module.phase_at(trainer.current_epoch)
-        place = [torch.initial_seed(), trainer.current_epoch - phase.start, batch_idx, trainer.global_rank]
-        generator = torch.Generator(module.device)
-        generator.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
+        module.check_weights()
         module.eval()
-        found = [
-            self.groups_of(module, batch, generator) for batch in self._batches(trainer, module, stretches, "negatives")
-        ]
+        place = [torch.initial_seed(), trainer.current_epoch - phase.start, batch_idx]
+        found = self._search(trainer, module, stretches, place)
         columns = [(part.groups.row, part.groups.items, part.groups.old_logprobs) for part in found]
         row, items, logprobs = _gathered(trainer, columns)
         groups = Groups(row, items, logprobs, None)
@@ -115,8 +120,7 @@ class BeamNegatives(GroupSource):
             groups.ref_logprobs = self._reference(trainer, module, groups, stretches)
         module.train()
 
-        counts = torch.tensor([(part.rows, part.found or 0) for part in found], device=module.device).sum(0)
-        rows, hits = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+        rows, hits = _counts(trainer, found)
         log = {"seconds": time.perf_counter() - began, "rows": rows, "groups": len(groups.row)}
         if found[0].found is not None:
             log["positive_found"] = hits / rows
@@ -126,6 +130,45 @@ class BeamNegatives(GroupSource):
             named = {f"negatives/{name}": float(value) for name, value in log.items()}
             logger.log_metrics(named, step=trainer.global_step)
         self.groups = module.groups = groups
+        self.begun = None
+
+    def _search(
+        self, trainer: Trainer, module: Recommender, stretches: np.ndarray, place: list[int]
+    ) -> list[FoundGroups]:
+        """Find the groups of this process's stretches, those left where a checkpoint holds some of this ``place``."""
+        key = [*place, len(stretches), self.batch_size, trainer.world_size]
+        found, done = [], 0
+        if self.begun is not None and self.begun["key"] == key:
+            done = self.begun["done"]
+            if trainer.is_global_zero:
+                groups = Groups(**self.begun["groups"]).to(module.device)
+                found = [FoundGroups(groups, self.begun["rows"], self.begun["found"])]
+        generator = torch.Generator(module.device)
+        for number, batch in enumerate(self._batches(trainer, module, stretches, "negatives")):
+            if number < done:
+                continue
+            if number > done:
+                self._save_if_due(trainer, found, key, number)
+            seed = np.random.SeedSequence([*place, trainer.global_rank, number])
+            generator.manual_seed(int(seed.generate_state(1)[0]))
+            found.append(self.groups_of(module, batch, generator))
+        return found
+
+    def _save_if_due(self, trainer: Trainer, found: list[FoundGroups], key: list[int], done: int) -> None:
+        """Save a checkpoint with what is found so far, if it is time or SIGTERM asks for the end."""
+        stops = trainer.strategy.broadcast(trainer.received_sigterm)
+        callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, AdapterCheckpoint)]
+        callbacks = [c for c in callbacks if c.due(trainer) or stops]
+        if callbacks:
+            columns = [(part.groups.row, part.groups.items, part.groups.old_logprobs) for part in found]
+            row, items, logprobs = _gathered(trainer, columns)
+            rows, hits = _counts(trainer, found)
+            self.begun = {"key": key, "done": done, "groups": vars(Groups(row, items, logprobs, None)), "rows": rows}
+            self.begun["found"] = None if found[-1].found is None else hits
+            for callback in callbacks:
+                callback.save(trainer)
+        if stops:
+            raise SIGTERMException
 
     def groups_of(self, module: Recommender, batch: Batch, generator: torch.Generator) -> FoundGroups:
         """Find the groups of a batch's rows that the module's objective trains."""
@@ -180,11 +223,12 @@ class BeamNegatives(GroupSource):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the groups and the KL reference, so that a resumed run trains on what it would have."""
-        return {"groups": self.groups and vars(self.groups), "start": self.start}
+        return {"groups": self.groups and vars(self.groups), "start": self.start, "begun": self.begun}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
         self.groups = state_dict["groups"] and Groups(**state_dict["groups"])
+        self.begun = state_dict["begun"]
         self.start = state_dict["start"]
 
 
@@ -216,6 +260,12 @@ def _gathered(trainer: Trainer, parts: Sequence[tuple[Tensor, ...]]) -> list[Ten
             columns[place] = torch.cat([part[:n] for part, n in zip(every, count, strict=True)])
     order = columns[0].argsort()
     return [column[order] for column in columns]
+
+
+def _counts(trainer: Trainer, found: list[FoundGroups]) -> list[int]:
+    """Return the rows of all processes, and those whose positive was found."""
+    counts = torch.tensor([(part.rows, part.found or 0) for part in found], device=trainer.strategy.root_device).sum(0)
+    return trainer.strategy.reduce(counts, reduce_op="sum").tolist()
 
 
 def _overlap(old: Groups, new: Groups) -> float | None:

@@ -16,11 +16,13 @@ from torch import Tensor
 from recsys.data import HistoryDataModule
 from recsys.engine import TreeEngine
 from recsys.evaluation import Evaluation, logged_names
+from recsys.fingerprint import check_fingerprint, fingerprint, report_changes, settings_of
 from recsys.groups import Groups, GroupSource
 from recsys.logprobs import Normalization
 from recsys.objectives import GroupObjective, Objective, SupervisedFineTuning
 from recsys.phase import Phase
 from recsys.policy import Policy
+from recsys.runs import check_checkpoint
 from recsys.search import Ranking, beam_search
 from recsys.tree import Places
 from recsys.trie import Trie
@@ -66,6 +68,8 @@ class Recommender(lightning.LightningModule):
         lr_warmup: float = 0.05,
     ) -> None:
         super().__init__()
+        if warm_start_epochs < 0:
+            raise UserError(f"model.warm_start_epochs must be at least 0, but it is {warm_start_epochs}")
         if warm_start_epochs and warm_start is None:
             raise UserError("model.warm_start_epochs is above 0: give model.warm_start too")
         if not 0 <= lr_warmup <= 1:
@@ -83,6 +87,7 @@ class Recommender(lightning.LightningModule):
         self.strict_loading = False  # checkpoints hold the adapter alone; on_load_checkpoint checks its keys
         self.groups: Groups | None = None  # of the present epoch, from the GroupSource among the callbacks
         self._clock = (time.perf_counter(), 0)  # at the last training step: seconds, token rows
+        self._validated = -1  # optimiser steps before the last validation
 
     # ---- set-up -----------------------------------------------------------------------------------------------
 
@@ -136,11 +141,25 @@ class Recommender(lightning.LightningModule):
         names = logged_names("val", cutoffs)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             monitor = getattr(callback, "monitor", None)
-            if monitor is not None and monitor.startswith("val") and monitor not in names:
+            if monitor is not None and not monitor.startswith("train/") and monitor not in names:
                 raise UserError(
                     f"{type(callback).__name__} monitors {monitor!r}, which no metric has with model.cutoffs "
                     f"{sorted(set(cutoffs))}; there are {', '.join(sorted(names))}"
                 )
+
+    def _check_interval(self) -> None:
+        trainer: Any = self.trainer
+        interval = trainer.val_check_interval
+        if not isinstance(interval, int) or trainer.check_val_every_n_epoch is None or not trainer.enable_validation:
+            return
+        phases = self.phase_at(0), self.phase_at(self.warm_start_epochs)
+        batches = min(len(self.data.plan(0, p.warm_start, 0, trainer.world_size)) for p in phases)
+        limit = trainer.limit_train_batches
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        if interval > batches:
+            raise UserError(
+                f"trainer.val_check_interval is {interval}, but an epoch has {batches} batch{'es' * (batches != 1)}"
+            )
 
     def setup(self, stage: str) -> None:
         """Turn the dial to the catalogue, and make the metrics.
@@ -151,7 +170,10 @@ class Recommender(lightning.LightningModule):
         trie = Trie.from_sequences(self.data.item_tokens)
         self.dial = self._dial_settings().resolve(trie.num_items, trie.num_items - trie.max_duplicates)
         self._check_monitors(self.dial.cutoffs)
+        if stage == "fit":
+            self._check_interval()
         self._trie = trie
+        self._fingerprint = fingerprint(self.data, self.tokenizer)
         rank_zero_info(str(self.dial))
         self.evaluations = torch.nn.ModuleDict({part: Evaluation(part, self.dial) for part in ("val", "test")})
 
@@ -222,23 +244,66 @@ class Recommender(lightning.LightningModule):
         """Return the loss of a batch under the objective of the epoch.
 
         Raises:
-            RuntimeError: if the loss is not finite; the batch is saved, and the message names its rows.
+            UserError: if the loss is not finite; the batch is saved, and the message names its rows.
         """
         phase = self.phase_at(self.current_epoch)
         progress = phase.progress(self._place(batch_idx)) or 0.0
         parts = phase.objective.step(self.engine, batch, self.groups, self.dial.window, progress)
         if not bool(parts["loss"].isfinite()):
-            path = Path(self.trainer.default_root_dir) / f"bad_batch_step{self.global_step}_rank{self.global_rank}.pt"
-            torch.save(batch.to("cpu"), path)
-            loss, rows = parts["loss"].item(), batch.row.tolist()
-            raise RuntimeError(f"the loss is {loss} on rows {rows}; batch saved as {path}")
+            raise UserError(self._not_finite(parts["loss"], batch))
         self.log_dict({f"train/{name}": value.detach() for name, value in parts.items()}, batch_size=len(batch))
         before, self._clock = self._clock, (time.perf_counter(), self.engine.token_rows)
         self.log("train/tokens_per_second", (self._clock[1] - before[1]) / (self._clock[0] - before[0]))
         self.log("train/token_rows", float(self.engine.token_rows))  # of this process, searches included
         return parts["loss"]
 
+    def _not_finite(self, loss: Tensor, batch: Batch) -> str:
+        """Save a batch, and return what to say of it; that the batch cannot be saved must not hide the rest."""
+        path = Path(self.trainer.default_root_dir) / f"bad_batch_step{self.global_step}_rank{self.global_rank}.pt"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(batch.to("cpu"), path)
+            saved = f"batch saved as {path}"
+        except (OSError, RuntimeError) as error:  # torch turns some of the former into the latter
+            saved = f"the batch could not be saved as {path} ({error})"
+        weights = "" if self._weights_are_finite() else ", as the weights are not finite any more"
+        return f"the loss is {loss.item()} on rows {batch.row.tolist()}{weights}; lower the learning rate; {saved}"
+
+    def check_weights(self) -> None:
+        """Check the trained weights.
+
+        Raises:
+            UserError: if one is not finite.
+        """
+        if not self._weights_are_finite():
+            raise UserError(
+                f"the weights are not finite after optimiser step {self.global_step}: they are not saved, and the "
+                "checkpoints before are kept; lower the learning rate (model.objective, model.warm_start)"
+            )
+
+    def _weights_are_finite(self) -> bool:
+        return all(bool(weight.isfinite().all()) for weight in self.policy.trainable().values())
+
+    def on_train_end(self) -> None:
+        """Validate what training ends with, unless the last validation was of it."""
+        trainer: Any = self.trainer
+        if self._validated != self.global_step and trainer.enable_validation and not trainer.fast_dev_run:
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.run()
+            trainer.training = True
+
     # ---- evaluation -------------------------------------------------------------------------------------------
+
+    def on_validation_start(self) -> None:
+        """Check the weights, which make every score NaN if they are not finite."""
+        self.check_weights()
+
+    on_test_start = on_predict_start = on_validation_start
+
+    def on_validation_epoch_end(self) -> None:
+        """Remember which step was validated."""
+        if not self.trainer.sanity_checking:
+            self._validated = self.global_step
 
     @torch.no_grad()
     def rank(self, batch: Batch) -> Ranking:
@@ -281,13 +346,17 @@ class Recommender(lightning.LightningModule):
         trained = {f"policy.{name}" for name in self.policy.trainable()}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         checkpoint["policy"] = self.policy.name
+        checkpoint["fingerprint"] = self._fingerprint
+        checkpoint["settings"] = settings_of(self)
+        checkpoint["validated"] = self._validated
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another model, or one that lacks trained weights.
+        """Refuse a checkpoint of another model or of other data, or one that lacks trained weights.
 
         Raises:
             UserError: see above.
         """
+        check_checkpoint(checkpoint)
         if checkpoint.get("policy") != self.policy.name:
             raise UserError(
                 f"ckpt_path: the checkpoint is of the model {checkpoint.get('policy')!r}, the config's is "
@@ -301,3 +370,13 @@ class Recommender(lightning.LightningModule):
                 f"ckpt_path: {len(wrong)} trained weights are missing from the checkpoint, unknown to the model or of "
                 f"another shape, first {wrong[0]}; use the config that the checkpoint was made with"
             )
+        resumes = self.trainer.state.fn == "fit"
+        check_fingerprint(checkpoint["fingerprint"], self._fingerprint, resumes)
+        if resumes:
+            last = self.trainer.max_epochs
+            if last is not None and 0 <= last < checkpoint["epoch"]:
+                raise UserError(
+                    f"ckpt_path: the checkpoint is of epoch {checkpoint['epoch']}, but trainer.max_epochs is {last}"
+                )
+            report_changes(checkpoint["settings"], settings_of(self))
+            self._validated = checkpoint["validated"]
