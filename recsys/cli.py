@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import signal
 import sys
 import warnings
 from importlib import resources
@@ -14,6 +15,7 @@ import yaml
 from lightning import pytorch
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from torch.utils.tensorboard.summary import hparams
 
 from callbacks import AdapterCheckpoint, BeamNegatives, PredictionWriter, RankingReport
@@ -21,6 +23,7 @@ from recsys.cost import RunCost
 from recsys.data import HistoryDataModule, card_text, data_card
 from recsys.module import Recommender
 from recsys.parts import ReplaceParts, as_configs
+from recsys.runs import NO_LOGGER, RunLogger, check_writable, find_checkpoint, read_checkpoint, results_folder
 from recsys.types import UserError
 
 DESCRIPTION = (
@@ -45,7 +48,7 @@ class Trainer(pytorch.Trainer):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Saves the run's whole config as ``config.yaml`` in its log folder, and logs it as hyperparameters."""
+    """Saves the run's whole config as ``config.yaml`` beside its results, and logs it as hyperparameters."""
 
     def __init__(self, parser: LightningArgumentParser, config: Any, **kwargs: Any) -> None:
         config = config.clone()
@@ -53,8 +56,23 @@ class SaveConfig(SaveConfigCallback):
             config.pop(key, None)
         super().__init__(parser, config, **kwargs)
 
+    def setup(self, trainer: pytorch.Trainer, pl_module: Any, stage: str) -> None:
+        """Save the config in the log folder.
+
+        Raises:
+            UserError: if the folder has one.
+        """
+        if trainer.loggers:
+            try:
+                super().setup(trainer, pl_module, stage)
+            except RuntimeError as error:
+                raise UserError(f"logger.version: {trainer.log_dir} holds another run; leave it at null") from error
+
     def on_fit_start(self, trainer: pytorch.Trainer, pl_module: Recommender) -> None:  # type: ignore[override]
         """Log the model's and the data's settings, flattened, to every logger."""
+        folder = results_folder(trainer)
+        if not trainer.loggers and folder is not None and trainer.is_global_zero:
+            self.parser.save(self.config, str(folder / self.config_filename), skip_none=False, multifile=False)
         settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
         flat = _flatten({k: settings[k] for k in ("model", "data", "negatives", "seed_everything") if k in settings})
         for logger in trainer.loggers:
@@ -84,7 +102,7 @@ class RecsysCLI(LightningCLI):
         parser.add_lightning_class_args(AdapterCheckpoint, "checkpoint")
         parser.add_lightning_class_args(RankingReport, "report")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
-        parser.add_class_arguments(TensorBoardLogger, "logger")
+        parser.add_class_arguments(RunLogger, "logger")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         parser.set_defaults(
             {
@@ -100,20 +118,50 @@ class RecsysCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse with arguments that replace a part in the form of ``--config``."""
-        self.config = parser.parse_args(as_configs(sys.argv[1:] if args is None else list(args)))
+        """Parse with arguments that replace a part in the form of ``--config``, and find the checkpoint.
 
-    def before_instantiate_classes(self) -> None:
-        """Refuse a checkpoint path that does not exist."""
-        path = self.config[self.subcommand].get("ckpt_path") if self.subcommand else None
-        if path and path not in ("last", "best", "hpc", "registry") and not Path(path).is_file():
+        Raises:
+            UserError: if there is no such checkpoint, or it is none.
+        """
+        self.config = parser.parse_args(as_configs(sys.argv[1:] if args is None else list(args)))
+        given = self.config.get(self.config.get("subcommand") or "", {})
+        path = given.get("ckpt_path")
+        if path in ("last", "best"):
+            path = find_checkpoint(Path(given.checkpoint.dirpath, _run_name(given)), path)
+            print(f"ckpt_path: {path}")
+            given.ckpt_path = str(path)
+        elif path and not Path(path).is_file():
             raise UserError(f"ckpt_path: no such file: {path}")
+        if path:
+            read_checkpoint(Path(path))
 
     def instantiate_trainer(self, **kwargs: Any) -> pytorch.Trainer:
-        """Make the trainer with the group ``logger`` as its logger, unless ``trainer.logger`` says otherwise."""
-        if self._get(self.config, "trainer").get("logger") is None:
+        """Make the trainer with the group ``logger`` as its logger, unless ``trainer.logger`` says otherwise.
+
+        Raises:
+            UserError: if a setting of the trainer makes no sense.
+        """
+        settings = self._get(self.config, "trainer")
+        if settings.get("logger") is None:
             kwargs["logger"] = self._get(self.config_init, "logger")
-        return super().instantiate_trainer(**kwargs)
+        every, between, epochs = (settings[n] for n in ("check_val_every_n_epoch", "val_check_interval", "max_epochs"))
+        if every is not None and every < 1:
+            raise UserError(f"trainer.check_val_every_n_epoch must be at least 1, but it is {every}")
+        if isinstance(between, int | float) and not between > 0:
+            raise UserError(f"trainer.val_check_interval must be above 0, but it is {between}")
+        if epochs == -1 and settings.max_steps == -1 and settings.max_time is None:
+            raise UserError("trainer.max_epochs is -1: training would never end; set it, max_steps or max_time")
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError, TypeError) as error:
+            raise UserError(f"trainer: {error}") from error
+
+    def before_fit(self) -> None:
+        """Refuse folders that cannot be written to, before data or model are touched."""
+        if not self._get(self.config, "trainer").fast_dev_run:
+            check_writable(Path(self._get(self.config, "checkpoint").dirpath), "checkpoint.dirpath")
+            if self._get(self.config, "trainer").get("logger") is None:
+                check_writable(Path(self._get(self.config, "logger").save_dir), "logger.save_dir")
 
 
 def command_line(args: list[str] | None, **kwargs: Any) -> RecsysCLI:
@@ -142,7 +190,8 @@ def main(args: list[str] | None = None) -> None:
         args: Arguments; those of the process by default.
 
     Raises:
-        SystemExit: with code 1 and one line on stderr for a mistake in the input, code 2 for one in the arguments.
+        SystemExit: with code 1 and one line on stderr for a mistake in the input, code 2 for one in the arguments, 143
+            when stopped by SIGTERM and 130 by SIGINT, after a checkpoint is saved where there is something to save.
     """
     _hide_noise()
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
@@ -155,6 +204,23 @@ def main(args: list[str] | None = None) -> None:
     except UserError as error:
         print(f"recsys: error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+    except SIGTERMException:  # has no code of its own, which would mean success
+        raise SystemExit(128 + signal.SIGTERM) from None
+    except KeyboardInterrupt:
+        raise SystemExit(128 + signal.SIGINT) from None
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning's, with code 1
+            raise SystemExit(128 + signal.SIGINT) from None
+        raise
+
+
+def _run_name(settings: Any) -> str:
+    """Return the name of the folder of a run's checkpoints."""
+    logger = settings.trainer.logger
+    if logger is False:
+        return NO_LOGGER
+    name = settings.logger.name if logger in (None, True) else logger.get("init_args", {}).get("name")
+    return str(name or NO_LOGGER)
 
 
 def copy_configs(folder: Path) -> None:
