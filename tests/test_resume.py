@@ -98,7 +98,7 @@ def test_new_interactions_can_be_ranked_and_another_prompt_cannot(tables, tmp_pa
     new = Run(changed(tables, tmp_path, "users"), tmp_path, model=POLICY)
     assert new.trainer.validate(new.model, new.data, ckpt_path=stopped, verbose=False)
     other = Run(tables, tmp_path, model=POLICY, data={"prompt": PromptTemplate("Once:\n{history}", max_tokens=128)})
-    with pytest.raises(UserError, match="prompt.template was 'Seen"):
+    with pytest.raises(UserError, match=r"prompt\.template was 'Seen"):
         other.trainer.validate(other.model, other.data, ckpt_path=stopped)
 
 
@@ -142,7 +142,7 @@ def test_last_and_best_are_the_newest_run_s(small, tmp_path: Path, capsys) -> No
     assert "debug/version_1/best-" in capsys.readouterr().out
     main(["fit", *run, "--ckpt_path=last", "--trainer.max_epochs=2"])
     [resumed] = [p for p in (tmp_path / "checkpoints/debug").iterdir() if p.name not in ("version_0", "version_1")]
-    assert loaded(resumed / "last.ckpt")["global_step"] == 2 * loaded(newest / "last.ckpt")["global_step"] - 0
+    assert loaded(resumed / "last.ckpt")["global_step"] == 2 * loaded(newest / "last.ckpt")["global_step"]
 
 
 # --------------------------------------------------------------------------------------------- signals
@@ -237,16 +237,14 @@ def test_what_was_never_validated_is_not_the_best(tables, tmp_path: Path) -> Non
     assert {path.name for path in run.checkpoints.iterdir()} == {"last.ckpt", "last.adapter"}
 
 
-def test_what_is_not_finite_is_not_saved(tables, tmp_path: Path) -> None:
+def test_what_is_not_finite_is_not_saved(tables, tmp_path: Path, monkeypatch) -> None:
     def poison(trainer, module) -> None:
         with torch.no_grad():
             next(iter(module.policy.trainable().values())).fill_(float("nan"))
 
-    def spoil(trainer, module) -> None:
-        trainer.callback_metrics["val/wpauc"] = torch.tensor(float("nan"))
-
-    callbacks = [At("on_validation_end", 4, spoil), At("on_train_batch_end", 8, poison)]
-    run = Run(tables, tmp_path, model=POLICY, callbacks=callbacks)
+    run = Run(tables, tmp_path, model=POLICY, callbacks=[At("on_train_batch_end", 8, poison)], **QUICK)
+    spoilt = {"val/wpauc": torch.tensor(float("nan")), "epoch": torch.tensor(0), "step": torch.tensor(0)}
+    monkeypatch.setattr(run.checkpoint, "_monitor_candidates", lambda trainer: spoilt)
     with pytest.raises(UserError, match="the weights are not finite after optimiser step 8"):
         run.fit()
     last = loaded(run.checkpoints / "last.ckpt")
@@ -288,7 +286,7 @@ def test_a_refresh_goes_on_with_the_rows_that_it_has(tables, tmp_path: Path, mon
     whole, calls = run("whole")
     cut, done = run("cut", 5)
     rest, left = run("rest", ckpt_path=str(cut.checkpoints / "last.ckpt"))
-    assert (calls, done, left) == (8, 5, 8 - 4)  # the fifth was not saved yet
+    assert (calls, done, left) == (8, 5, 3)
     assert torch.equal(whole.negatives.groups.items, rest.negatives.groups.items)
     for name, weight in whole.weights.items():
         assert torch.equal(rest.weights[name], weight), name
