@@ -217,6 +217,8 @@ def main(args: list[str] | None = None) -> None:
 def _run_name(settings: Any) -> str:
     """Return the name of the folder of a run's checkpoints."""
     logger = settings.trainer.logger
+    if isinstance(logger, list):
+        logger = logger[0]
     if logger is False:
         return NO_LOGGER
     name = settings.logger.name if logger in (None, True) else logger.get("init_args", {}).get("name")
