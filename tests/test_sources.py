@@ -97,6 +97,65 @@ def test_text_that_is_not_a_table(table, text):
     fails(table(items=text), "items.csv", "not readable as a table")
 
 
+NOTES = [('"lone', 'also"'), ('"lone', '"also'), ('"lone', "plain"), ('5"', '6"')]
+
+
+@pytest.mark.parametrize("notes", NOTES)
+@pytest.mark.parametrize("separator", ["\t", ","])
+def test_quotes_that_are_mere_characters_join_no_rows(tmp_path, notes, separator):
+    """In a column that is not read; a file is read whole, or refused with its lines and the way out."""
+    rows = [[f"u{i}", "7", str(100 - i), {5: notes[0], 11: notes[1]}.get(i, "-")] for i in range(24)]
+    path = tmp_path / ("log.tsv" if separator == "\t" else "log.csv")
+    path.write_text("".join(separator.join(row) + "\n" for row in [["user_id", "item_id", "timestamp", "note"], *rows]))
+    (tmp_path / "items.csv").write_text("item_id,title\n7,Brazil\n")
+    paths = str(path), str(tmp_path / "items.csv")
+    told = Table(*paths, cache_dir=str(tmp_path / "cache"), quoted=False).load().interactions
+    assert told[Columns.USER].tolist() == [row[0] for row in rows]
+    assert told[Columns.TIME].tolist() == [int(row[2]) for row in rows]
+    source = Table(*paths, cache_dir=str(tmp_path / "cache"))
+    if notes[0] == '5"':  # no field begins with a quote
+        assert len(source.load().interactions) == 24
+    else:
+        fails(source, path.name, "lines 7 to 13" if notes[1] == 'also"' else "line 7", "`quoted`")
+
+
+def test_a_quoted_field_with_lines_is_read_unless_they_would_be_rows(table):
+    long = 'item_id,title\n007,Alien\n7,"three\nlines, and, commas\n"\n'
+    assert table(items=long).load().items[Columns.TITLE].tolist() == ["Alien", "three lines, and, commas"]
+    rows = 'item_id,title\n007,"Alien\n7,Brazil"\n7,M\n'
+    fails(table(items=rows), "items.csv", "lines 2 to 3", "`quoted`")
+    assert table(items=rows, quoted=True).load().items[Columns.TITLE].tolist() == ["Alien 7,Brazil", "M"]
+
+
+def test_a_quote_behind_a_backslash_does_not_change_the_title(table):
+    fails(table(items='item_id,title\n7,Brazil\n007,"The \\"Best\\" of"\n'), "items.csv", "line 3", "double the quotes")
+    titles = table(items='item_id,title\n7,Brazil\n007,The \\"Best\\" of\n').load().items[Columns.TITLE]
+    assert titles.tolist() == ["Brazil", 'The \\"Best\\" of']
+
+
+def test_rows_that_are_cut_are_refused(table):
+    fails(table(INTERACTIONS.replace("u1,007,10", "u1,007")), "log.csv", "line 3 has 2 fields instead of 3")
+    fails(table("user_id,item_id,timestamp,user_id\nu,7,1,v\n"), "log.csv", "several columns 'user_id'")
+
+
+def test_separator_and_encoding(tmp_path):
+    """As in Book-Crossing: semicolons, everything quoted, Latin-1, an ampersand in a title."""
+    text = '"item_id";"title"\r\n"0";"Amélie; ""the"" & 1"\r\n'
+    (tmp_path / "items.csv").write_bytes(text.encode("latin-1"))
+    (tmp_path / "log.dat").write_bytes(b'"user_id";"item_id";"timestamp"\n"1";"0";"5"\n')
+    paths = str(tmp_path / "log.dat"), str(tmp_path / "items.csv")
+    found = Table(*paths, cache_dir=str(tmp_path / "cache"), separator=";", encoding="latin-1").load()
+    assert found.items[Columns.TITLE].tolist() == ['Amélie; "the" & 1']
+    assert found.interactions.iloc[0].tolist() == ["1", "0", 5]
+    for name, value in (("separator", ""), ("separator", '"'), ("encoding", "x")):
+        with pytest.raises(UserError, match=name):
+            Table(*paths, **{name: value})
+
+
+def test_a_mark_at_the_start_of_utf8_is_no_part_of_a_name(table):
+    assert len(table("\ufeff" + INTERACTIONS).load().interactions) == 3
+
+
 def test_text_that_is_not_utf8(table, tmp_path):
     source = table()
     (tmp_path / "items.csv").write_bytes("item_id,title\n7,Amélie\n".encode("latin-1"))

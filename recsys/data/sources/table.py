@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from recsys.data.sources.files import DataFile
+from recsys.data.sources.files import DataFile, Delimited
 from recsys.data.sources.reading import ARROW_CACHE, read, to_frame
 from recsys.data.sources.source import Columns, Filters, Source, SourceData
 from recsys.paths import InputPath, NameOrFolder
@@ -38,10 +38,10 @@ class _Mapped(Source):
 class Table(_Mapped):
     """Two files, each CSV (``.csv``), TSV (``.tsv``), JSON Lines (``.jsonl``, ``.json``) or Parquet (``.parquet``).
 
-    Text is UTF-8 and may be compressed (``.gz``). CSV and TSV have a header line and may quote fields. Ids are text,
+    Text may be compressed (``.gz``). CSV, TSV and other files with a ``separator`` have a header line. Ids are text,
     exactly as written: ``007`` and ``7`` differ, and ``NA`` is an id; a number in JSON or Parquet becomes its text.
 
-    A file is converted to Arrow once, and again when it has changed, so it may be larger than memory.
+    A text file is converted to Parquet once, and again when it has changed, so it may be larger than memory.
 
     Args:
         interactions: Path of the interactions file: one row for each time a user chose an item.
@@ -54,9 +54,13 @@ class Table(_Mapped):
         category: Column of the category in the items; null reads none.
         filters: Interactions to leave out.
         cache_dir: Folder that keeps the converted files; ``~`` is the home folder.
+        separator: What stands between fields; null takes the comma in ``.csv`` and the tabulator in ``.tsv``.
+        quoted: Whether fields may be quoted as in CSV, quotes inside them doubled. Null as well, but refuses files that
+            would have other rows if quotes were mere characters.
+        encoding: Encoding of CSV and TSV, as Python names it.
 
     Raises:
-        UserError: The filters need ratings, but ``rating`` is null.
+        UserError: The filters need ratings, but ``rating`` is null; or there is no such separator or encoding.
     """
 
     def __init__(
@@ -71,10 +75,14 @@ class Table(_Mapped):
         category: str | None = None,
         filters: Filters | None = None,
         cache_dir: str = ARROW_CACHE,
+        separator: str | None = None,
+        quoted: bool | None = None,
+        encoding: str = "utf-8",
     ) -> None:
         super().__init__(user, item, time, title, rating, category, filters)
         self.interactions = interactions
         self.items = items
+        self.form = Delimited(separator, quoted, encoding=encoding)
         self.cache_dir = cache_dir
 
     def load(self) -> SourceData:
@@ -83,7 +91,7 @@ class Table(_Mapped):
         Raises:
             UserError: A file or a column is missing, a file is not a table, or a check of :class:`SourceData` fails.
         """
-        log, items = DataFile(self.interactions), DataFile(self.items)
+        log, items = DataFile(self.interactions, self.form), DataFile(self.items, self.form)
         item_frame = read(items, self.item_columns, self.cache_dir)  # first, as it is short: its faults show soon
         log_frame = read(log, self.columns, self.cache_dir)
         return SourceData(log_frame, item_frame, self.interactions, self.items).filtered(self.filters)
