@@ -89,6 +89,57 @@ def test_iso_bounds_of_unix_time_in_any_unit(unit):
     assert kept(Filters(start="2019-01-01", end="2019-01-02T00:00:00Z"), rows)[0] == [1, 2]
 
 
+@pytest.mark.parametrize(
+    "times",
+    [
+        [20140513, 20150101, 20160101],
+        [2014, 2015, 2016],
+        [16200, 16500, 16800],  # days
+        [1.4e9, 1.5e12, 1.6e9],  # one in milliseconds
+        [0, 1.5e9, 1.6e9],
+    ],
+)
+def test_an_iso_bound_of_times_that_are_not_unix_time(times):
+    """It would leave out nothing, or nearly all; a number in their unit does what it says."""
+    rows = [["u", "a", time, 1] for time in times]
+    for filters in (Filters(start="2015-01-01"), Filters(end="2015-01-01")):
+        with pytest.raises(UserError, match=r"filters\..*, but log, row [01], has the time .* is not Unix time"):
+            tables(rows).filtered(filters)
+    assert kept(Filters(start=times[1]), rows)[0] == [i for i, time in enumerate(times) if time >= times[1]]
+
+
+@pytest.mark.parametrize("times", [[1.4e9, 1.5e9], [2014, 2015], [0, 1]])
+@pytest.mark.parametrize("filters", [{"start": -1}, {"end": 1.6e12}, {"end": "20250101000"}])
+def test_a_number_beyond_all_times(times, filters):
+    with pytest.raises(UserError, match="would leave out nothing; write it in their unit"):
+        tables([["u", "a", time, 1] for time in times]).filtered(Filters(**filters))
+
+
+def test_numbers_as_bounds_of_dates():
+    """A year is a date; old dates are dates, too."""
+    rows = [["u", "a", day, 1] for day in ("1960-05-01", "2014-12-31T23:59:59", "2015-01-01")]
+    assert kept(Filters(start="2015"), rows)[0] == [2]
+    assert kept(Filters(end=1970), rows)[0] == [0]
+    filtered = tables(rows).filtered(Filters(start="1961-01-01"))
+    assert filtered.filtered(Filters(end="2015")).interactions.index.tolist() == [1]  # filtered once more
+    with pytest.raises(UserError, match=r"filters\.end is 1400000000.*write it as an ISO 8601 date"):
+        tables(rows).filtered(Filters(end=1400000000.5))
+
+
+def test_bounds_are_exact():
+    """Nanoseconds, which a float would round to hundreds."""
+    day = 1_546_300_800 * 10**9
+    rows = [["u", "a", time, 1] for time in (day - 1, day, day + 1)]
+    assert kept(Filters(start="2019-01-01"), rows)[0] == [1, 2]
+    assert kept(Filters(start=str(day + 1)), rows)[0] == [2]
+
+
+def test_times_beyond_int64():
+    times = np.array([2**63 + 3, 5, 2**63 + 1, 2**64 - 1, 2**63 + 2], np.uint64)
+    time = tables([["u", "a", t, 1] for t in times]).interactions[Columns.TIME]
+    assert time.to_numpy().argsort(kind="stable").tolist() == [1, 2, 4, 0, 3]
+
+
 def test_iso_bounds_of_dates():
     rows = [["u", "a", day, 1] for day in ("2018-12-31 23:59:59", "2019-01-01", "2019-01-01T01:00:00+02:00")]
     assert kept(Filters(start="2019-01-01"), rows)[0] == [1]
@@ -100,6 +151,14 @@ def test_filters_that_cannot_be_meant():
             Filters(start=bound)
     with pytest.raises(UserError, match=r"filters\.k_core must be at least 0, but it is -1"):
         Filters(k_core=-1)
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(UserError, match=r"filters\.min_rating must be a number"):
+            Filters(min_rating=value)
+        with pytest.raises(UserError, match=r"filters\.end must be a number or an ISO 8601 date"):
+            Filters(end=value)
+    for start, end in ((2, 1), (5, "5"), ("2019-01-01", "2018-12-31"), ("2019-01-01", "2019-01-01")):
+        with pytest.raises(UserError, match=r"filters\.start, .*, must be before filters\.end"):
+            Filters(start=start, end=end)
     with pytest.raises(UserError, match=r"filters\.min_rating is set, but log is read without ratings"):
         tables([["u", "a", 1]], ["user", "item", "time"]).filtered(Filters(min_rating=1))
 

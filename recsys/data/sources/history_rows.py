@@ -9,7 +9,7 @@ import pandas as pd
 
 from recsys.data.sources.files import DataFile
 from recsys.data.sources.reading import ARROW_CACHE, read
-from recsys.data.sources.source import Columns, Filters, Source, SourceData, to_numbers
+from recsys.data.sources.source import Columns, Filters, Source, SourceData, to_times
 from recsys.paths import InputPath
 from recsys.types import UserError
 
@@ -69,7 +69,7 @@ class HistoryRows(Source):
         frames = [read(file, {name: name for name in columns}, self.cache_dir) for file in files]
         rows = pd.concat([frame.assign(file=str(f.path)) for f, frame in zip(files, frames, strict=True)])
         if Columns.TIME in pairs:
-            rows = rows.iloc[to_numbers(rows["timestamp"], dates=True).argsort(kind="stable")]
+            rows = rows.iloc[to_times(rows["timestamp"]).argsort(kind="stable")]
 
         titles: dict[str, str] = {}
         events: dict[str, list[tuple[str, ...]]] = defaultdict(list)  # of each user, oldest first

@@ -49,8 +49,8 @@ def to_frame(data: Any, columns: dict[str, str], name: str, first_row: int) -> p
         first_row: First value of the frame's index.
 
     Returns:
-        A frame whose columns user and item are categories, and time and rating numbers or Arrow text; all others are
-        text.
+        A frame whose columns user and item are categories, and time and rating numbers, dates or Arrow text; all others
+        are text.
 
     Raises:
         UserError: The data lacks a column or has no rows, or a column cannot become text.
@@ -86,9 +86,7 @@ def _convert(piece: pa.Array, target: str) -> pa.Array:
         codes = piece if pa.types.is_dictionary(piece.type) else piece.dictionary_encode()
         return pa.DictionaryArray.from_arrays(codes.indices.cast(pa.int32()), _as_text(codes.dictionary))
     if target in (Columns.TIME, Columns.RATING):
-        if pa.types.is_temporal(piece.type):
-            return piece.cast(pa.timestamp("us"), safe=False).cast(pa.int64())
-        return piece
+        return piece.cast(pa.timestamp("us"), safe=False) if pa.types.is_temporal(piece.type) else piece
     return _as_text(piece)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 
@@ -12,6 +13,7 @@ import pyarrow as pa
 from recsys.types import UserError
 
 _SLICE = 1_000_000  # values converted at a time, so that millions of texts never become Python strings at once
+_UNIX_TIME = (315_532_800, 4_102_444_800)  # seconds: 1980 to 2099; in another unit no such time looks like one
 
 
 class Columns:
@@ -33,13 +35,15 @@ class Filters:
         k_core: Drop users and items with fewer interactions than this, again and again until none is left; 0 keeps
             all, also items that nobody chose.
         min_rating: Keep interactions with at least this rating, so none without one; null keeps all.
-        start: Keep interactions at this time or later: a number in the unit of the data, or an ISO 8601 date (UTC)
-            where the data has dates or Unix time; its unit, seconds to nanoseconds, is told by its size.
+        start: Keep interactions at this time or later: an ISO 8601 date (UTC) where the data has dates or Unix time,
+            whose unit, seconds to nanoseconds, is told by the size of all times; or a number in the unit of the data,
+            where the data has numbers.
         end: Keep interactions before this time, written as ``start``.
         drop_duplicates: Keep only the first of several interactions of the same user, item and time.
 
     Raises:
-        UserError: ``k_core`` is negative, or ``start`` or ``end`` is neither a number nor a date.
+        UserError: ``k_core`` is negative, ``min_rating`` is not a number, ``start`` or ``end`` is neither a number nor
+            a date, or ``start`` is not before ``end``.
     """
 
     k_core: int = 0
@@ -51,9 +55,16 @@ class Filters:
     def __post_init__(self) -> None:
         if self.k_core < 0:
             raise UserError(f"filters.k_core must be at least 0, but it is {self.k_core}")
-        for name, bound in {"start": self.start, "end": self.end}.items():
-            if bound is not None and np.isnan(_bound(bound, 1)):
+        if self.min_rating is not None and not math.isfinite(self.min_rating):
+            raise UserError(f"filters.min_rating must be a number, but it is {self.min_rating}")
+        bounds = {"start": self.start, "end": self.end}
+        for name, bound in bounds.items():
+            if bound is not None and _number(bound) is None and _date(bound) is None:
                 raise UserError(f"filters.{name} must be a number or an ISO 8601 date, but it is {bound!r}")
+        for read in (_number, _date):
+            start, end = (None if bound is None else read(bound) for bound in bounds.values())
+            if start is not None and end is not None and start >= end:
+                raise UserError(f"filters.start, {self.start}, must be before filters.end, {self.end}")
 
 
 @dataclass
@@ -65,12 +76,13 @@ class SourceData:
     Args:
         interactions: Columns user, item, time and perhaps rating, in file order. User and item are strings and become
             categorical. Time is a number in any unit or ISO 8601 text; only its order matters, and it becomes a number
-            (a date: microseconds). A rating becomes a number, NaN where it is empty.
+            (a date: microseconds of Unix time). A rating becomes a number, NaN where it is empty.
         items: Columns item (string, unique), title and perhaps category (several are joined by ``|``; none is ``""``).
             Runs of whitespace in a title or a category become one space.
         interactions_from: What messages call the interactions, usually the file's path.
         items_from: The same for the items.
         dropped: What the source or a filter left out, and how much of it, for the counts that are reported.
+        has_dates: Whether the times were dates; known of dates that are given.
 
     Raises:
         UserError: An empty or repeated id or an empty title in the items; an empty user, an unknown item or an
@@ -83,6 +95,7 @@ class SourceData:
     interactions_from: str
     items_from: str
     dropped: dict[str, int] = field(default_factory=dict)
+    has_dates: bool = False
 
     def __post_init__(self) -> None:
         empty = "is empty; fill it in or remove the row"
@@ -103,11 +116,12 @@ class SourceData:
         unknown = f"is not in {self.items_from}; add it there or remove the row"
         _reject(self.interactions_from, is_missing(users), "user id", users, empty)
         _reject(self.interactions_from, ~items.isin(ids), "item id", items, unknown)
-        numbers = {Columns.TIME: to_numbers(log[Columns.TIME], dates=True)}
+        self.has_dates = self.has_dates or are_dates(log[Columns.TIME])
+        numbers = {Columns.TIME: to_times(log[Columns.TIME])}
         unreadable = "is not a number, or not an ISO 8601 date where the first row's is one; correct it"
         _reject(self.interactions_from, numbers[Columns.TIME].isna(), "time", log[Columns.TIME], unreadable)
         if Columns.RATING in log:
-            numbers[Columns.RATING] = to_numbers(log[Columns.RATING], dates=False).astype(float)
+            numbers[Columns.RATING] = to_numbers(log[Columns.RATING]).astype(float)
             bad = numbers[Columns.RATING].isna() & ~is_missing(log[Columns.RATING])
             _reject(self.interactions_from, bad, "rating", log[Columns.RATING], "is not a number; correct it")
         self.interactions = log.assign(**{Columns.USER: users, Columns.ITEM: items}, **numbers)
@@ -130,14 +144,11 @@ class SourceData:
             low = ~(log[Columns.RATING] >= filters.min_rating)  # one without a rating as well
             log, dropped["rows_below_min_rating"] = log[~low], int(low.sum())
         if filters.start is not None or filters.end is not None:
-            time = log[Columns.TIME]
-            latest = time.max() if len(time) else 0
-            second = next((unit for unit in (1, 10**3, 10**6) if latest < 1e11 * unit), 10**9)  # 1e11 s: year 5138
-            outside = pd.Series(False, log.index)
+            time, outside = log[Columns.TIME], pd.Series(False, log.index)
             if filters.start is not None:
-                outside |= time < _bound(filters.start, second)
+                outside |= time < self._bound("start", filters.start)
             if filters.end is not None:
-                outside |= time >= _bound(filters.end, second)
+                outside |= time >= self._bound("end", filters.end)
             log, dropped["rows_outside_time"] = log[~outside], int(outside.sum())
         if filters.k_core:
             rows = k_core(
@@ -151,6 +162,38 @@ class SourceData:
             counts = ", ".join(f"{name} {n:,}" for name, n in dropped.items())
             raise UserError(f"{self.interactions_from}: the filters leave no interaction ({counts}); relax them")
         return replace(self, interactions=log, items=items, dropped=dropped)
+
+    def _bound(self, name: str, value: str | float) -> float:
+        """A bound in the unit of the times.
+
+        Raises:
+            UserError: It is a date but the times are none, or the reverse; or it is a number that no time exceeds.
+        """
+        time = self.interactions[Columns.TIME]
+        date, number, what = _date(value), _number(value), f"filters.{name} is {value!r}, but {self.interactions_from}"
+        if self.has_dates:
+            if date is None:
+                raise UserError(f"{what} has dates; write it as an ISO 8601 date")
+            return date // 1000
+        if number is not None:
+            if number < time.min() if name == "start" else number > time.max():
+                raise UserError(
+                    f"{what} has times from {time.min()} to {time.max()}: it would leave out nothing; write it in "
+                    "their unit, as a date where that is Unix time, or remove it"
+                )
+            return number
+        early, late = _UNIX_TIME
+        units = {n: (time < early * 10**9 // n) | (time >= late * 10**9 // n) for n in (10**9, 10**6, 10**3, 1)}
+        nanoseconds, outside = min(units.items(), key=lambda unit: unit[1].sum())
+        if outside.any():
+            first = int(outside.to_numpy().argmax())
+            raise UserError(
+                f"{what}, row {time.index[first]}, has the time {time.iloc[first]}, which is not Unix time of 1980 to "
+                f"2099{'' if outside.all() else ' in the unit of the others'} ({outside.sum()} such rows in all); "
+                "write the bound as a number in the unit of the times, or correct them"
+            )
+        assert date is not None
+        return date // nanoseconds
 
 
 class Source(ABC):
@@ -186,40 +229,68 @@ def is_missing(ids: pd.Series) -> pd.Series:
     return ids.isna() | (ids == "")
 
 
-def _bound(value: str | float, second: int) -> float:
-    """A bound of the time as a number, where a second has this many units; NaN if it cannot be read."""
-    try:
-        return float(value)
-    except ValueError:
-        date = pd.to_datetime(pd.Series([value]), errors="coerce", format="ISO8601", utc=True)[0]
-        return date.timestamp() * second if pd.notna(date) else np.nan
+def _number(value: str | float) -> float | None:
+    """A bound as a finite number, a whole one as it is written; None if it is none."""
+    for kind in (int, float) if isinstance(value, str) else (float,):
+        try:
+            number = kind(value)
+            return number if math.isfinite(number) else None
+        except (ValueError, OverflowError):
+            continue
+    return None
 
 
-def to_numbers(values: pd.Series, dates: bool) -> pd.Series:
-    """Values as numbers, missing where they cannot be read; the first row decides between numbers and dates."""
-    parts = [values.iloc[i : i + _SLICE] for i in range(0, len(values), _SLICE)]
-    if dates and parts and np.isnan(_slice_to_numbers(parts[0].iloc[:1])[0]):
-        arrays = [_slice_to_microseconds(part) for part in parts]
-    else:
-        arrays = [_slice_to_numbers(part) for part in parts]
-    numbers = pd.Series(np.concatenate(arrays) if arrays else np.empty(0, np.int64), values.index)
+def _date(value: str | float) -> int | None:
+    """A bound as nanoseconds of Unix time; None if it is not an ISO 8601 date."""
+    text = f"{value:.0f}" if isinstance(value, float) and value.is_integer() else str(value)
+    date = pd.to_datetime(pd.Series([text]), errors="coerce", format="ISO8601", utc=True).dt.as_unit("us")
+    return None if date.isna()[0] else int(date.astype("int64")[0]) * 1000
+
+
+def are_dates(times: pd.Series) -> bool:
+    """Whether times are dates; the first of texts decides."""
+    if isinstance(times.dtype, pd.ArrowDtype):
+        if pa.types.is_temporal(times.dtype.pyarrow_dtype):
+            return True
+    elif pd.api.types.is_datetime64_any_dtype(times):
+        return True
+    return len(times) > 0 and bool(np.isnan(to_numbers(times.iloc[:1]).astype(float).iloc[0]))
+
+
+def to_times(times: pd.Series) -> pd.Series:
+    """Times as numbers, those of dates microseconds, missing where they cannot be read."""
+    if not are_dates(times):
+        return to_numbers(times)
+    arrays = []
+    for part in _slices(times):
+        dates = pd.to_datetime(part.astype(object), errors="coerce", format="ISO8601", utc=True).dt.as_unit("us")
+        arrays.append(dates.astype("int64").where(dates.notna()).to_numpy())
+    return pd.Series(np.concatenate(arrays), times.index)
+
+
+def to_numbers(values: pd.Series) -> pd.Series:
+    """Values as numbers, missing where they cannot be read."""
+    numbers = pd.Series(_to_numbers(list(_slices(values))), values.index)
     return numbers.where(np.isfinite(numbers))
 
 
-def _slice_to_numbers(values: pd.Series) -> np.ndarray:
-    for kind in (pa.int64(), pa.float64()):  # integers first: beyond 2 ** 53 a float would merge neighbours
+def _to_numbers(parts: list[pd.Series]) -> np.ndarray:
+    for kind in (
+        pa.int64(),
+        pa.uint64(),
+        pa.float64(),
+    ):  # integers first: beyond 2 ** 53 a float would merge neighbours
         try:
-            numbers = pa.array(values).cast(kind)
+            arrays = [pa.array(part).cast(kind) for part in parts]
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError):
             continue
-        if not numbers.null_count:
-            return np.asarray(numbers)
-    return pd.to_numeric(values.astype(object), errors="coerce").to_numpy(dtype=float)
+        if not any(array.null_count for array in arrays):
+            return np.concatenate([np.asarray(array) for array in arrays])
+    return np.concatenate([pd.to_numeric(p.astype(object), errors="coerce").to_numpy(dtype=float) for p in parts])
 
 
-def _slice_to_microseconds(values: pd.Series) -> np.ndarray:
-    dates = pd.to_datetime(values.astype(object), errors="coerce", format="ISO8601", utc=True).dt.as_unit("us")
-    return dates.astype("int64").where(dates.notna()).to_numpy()
+def _slices(values: pd.Series) -> list[pd.Series]:
+    return [values.iloc[start : start + _SLICE] for start in range(0, max(1, len(values)), _SLICE)]
 
 
 def _reject(table: str, bad: pd.Series, name: str, values: pd.Series, problem: str) -> None:
