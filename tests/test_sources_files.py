@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import errno
 import gzip
 import json
 import os
@@ -126,6 +127,7 @@ def test_titles_may_be_the_ids(table):
 def test_many_rows_are_encoded_piece_by_piece(table, monkeypatch):
     """The pieces meet different ids and kinds of numbers; the result is that of the csv module."""
     monkeypatch.setattr(files, "_ROWS", 7)
+    monkeypatch.setattr(files, "_BLOCK", 3)
     monkeypatch.setattr("recsys.data.sources.reading._ROWS", 10)
     monkeypatch.setattr("recsys.data.sources.source._SLICE", 9)
     rng = np.random.default_rng(0)
@@ -210,7 +212,7 @@ def test_columns_that_are_missing(table, suffix):
 
 
 def test_a_fault_deep_in_the_file_is_one_clear_error(table, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "_ROWS", 2)
+    monkeypatch.setattr(files, "_BLOCK", 2)
     source = table()
     with (tmp_path / "log.csv").open("a") as file:
         file.write("u,7,1,2,too many\n")
@@ -233,16 +235,16 @@ def test_a_file_without_rows(table, tmp_path, suffix):
 def test_the_second_start_reads_the_cache(table, monkeypatch):
     source = table()
     first = source.load()
-    monkeypatch.setattr(files.DataFile, "tables", None)
+    monkeypatch.setattr(files.DataFile, "_rows", None)
     second = source.load()
     pd.testing.assert_frame_equal(first.interactions, second.interactions)
     pd.testing.assert_frame_equal(first.items, second.items)
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
-@pytest.mark.parametrize(("user", "nanoseconds"), [("v1", 1), ("longer", 0)])
+@pytest.mark.parametrize(("user", "nanoseconds"), [("v1", 1), ("longer", 0), ("v1", 0)])
 def test_a_changed_file_is_read_again(table, tmp_path, suffix, user, nanoseconds):
-    """When its size changed or, with the same size, its time."""
+    """Also when neither its size nor its time of modification has changed."""
     source = table(f"log.{suffix}")
     source.load()
     path = tmp_path / f"log.{suffix}"
@@ -264,6 +266,55 @@ def test_a_cache_that_cannot_be_written(table, tmp_path):
     fails(table(cache_dir=str(tmp_path / "file" / "cache")), "items.csv", "cache", "cache_dir")
 
 
+BROKEN = {
+    "empty": lambda content: b"",
+    "cut": lambda content: content[: len(content) // 2],
+    "foreign": lambda content: b"PAR1 of another program PAR1",
+    "a byte": lambda content: content[:40] + bytes([content[40] ^ 255]) + content[41:],
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_cache_is_made_again(table, tmp_path, capsys, name):
+    source = table()
+    first = source.load()
+    for path in (tmp_path / "cache").glob("*.parquet"):
+        path.write_bytes(BROKEN[name](path.read_bytes()))
+    second = source.load()
+    pd.testing.assert_frame_equal(first.interactions, second.interactions)
+    pd.testing.assert_frame_equal(first.items, second.items)
+    message = capsys.readouterr().err.splitlines()
+    assert len(message) == 2
+    assert f"is broken; converting {tmp_path}/items.csv again" in message[0]
+    source.load()
+    assert capsys.readouterr().err == ""
+
+
+def test_the_cache_of_another_file_under_its_name_is_not_read(table, tmp_path):
+    source = table()
+    expected = source.load().items
+    log, items = (next((tmp_path / "cache").glob(f"{name}.csv-*.parquet")) for name in ("log", "items"))
+    items.write_bytes(log.read_bytes())
+    pd.testing.assert_frame_equal(source.load().items, expected)
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC])
+def test_a_whole_cache_is_read_where_nothing_can_be_written(table, tmp_path, monkeypatch, number):
+    """And one that is not whole is one line, as a disk that fills up while a file is converted."""
+    source = table()
+    first = source.load()
+
+    def refuse(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+
+    for owner, name in ((Path, "mkdir"), (Path, "unlink"), (os, "mkdir"), (pq.ParquetWriter, "write_table")):
+        monkeypatch.setattr(owner, name, refuse)
+    monkeypatch.setattr("filelock.FileLock._acquire", refuse)
+    pd.testing.assert_frame_equal(source.load().interactions, first.interactions)
+    part = os.strerror(number)
+    fails(Table(source.interactions, source.items, cache_dir=source.cache_dir), "items.csv", part, "another cache_dir")
+
+
 def test_names_that_look_like_patterns(table):
     assert len(table("log[1]*.csv").load().interactions) == 3
 
@@ -273,12 +324,12 @@ def test_small_files_show_no_progress_bar(table, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_datasets_is_imported_only_to_read_a_file():
+def test_datasets_is_imported_only_to_load_from_the_hub():
     """Its import takes most of a second, which `recsys --help` should not pay."""
     for path in Path(files.__file__).parent.glob("*.py"):
         for node in ast.parse(path.read_text()).body:
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None)]
-            assert path.name == "cache.py" or not {"datasets", "recsys.data.sources.cache"} & set(names)
+            assert "datasets" not in names
 
 
 # ------------------------------------------------------------------------------------------------ frames

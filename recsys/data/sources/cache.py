@@ -1,95 +1,95 @@
-"""Builder of the ``datasets`` library: converts a file once and keeps it as memory-mapped Arrow.
-
-Importing this takes most of a second, so only the function that reads a file does.
-"""
+"""Text files as Parquet: converted once, and again when they have changed or what was kept is broken."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+import hashlib
+import sys
+from pathlib import Path
 
-import datasets
 import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock
 
 from recsys.data.sources.files import DataFile
 from recsys.types import UserError
 
-_SHOW_PROGRESS = 64 << 20  # bytes of a file from which converting it takes long enough for a progress bar
+_VERSION = 1  # of the conversion; another one leaves what was kept before unused
+_LARGE = 64 << 20  # bytes of a file from which converting it takes long enough for a message
+_KEY = b"recsys"
 
 
-@dataclass
-class FileConfig(datasets.BuilderConfig):
-    """What names a conversion in the cache.
+class Conversion:
+    """Some columns of a text file in a Parquet file with checksums.
 
-    Args:
-        key: Path, size and time of change of the file, so that a changed file gets a new one, and its columns.
-    """
-
-    key: str = ""
-
-
-class FileBuilder(datasets.ArrowBasedBuilder):
-    """Converts some columns of one file.
+    Reading it needs no lock and writes nothing; a file under its final name is whole, since it is renamed to it.
 
     Args:
-        file: The file.
-        columns: Its columns.
-        cache_dir: Folder that keeps the result.
+        file: The text file.
+        columns: Names of its columns.
+        cache_dir: Folder that keeps the Parquet file; ``~`` is the home folder.
     """
-
-    BUILDER_CONFIG_CLASS = FileConfig
 
     def __init__(self, file: DataFile, columns: list[str], cache_dir: str) -> None:
         self.file = file
         self.columns = columns
         stat = file.path.stat()
-        key = str((str(file.path.absolute()), stat.st_size, stat.st_mtime_ns, columns))
-        super().__init__(cache_dir=cache_dir, key=key)
+        # A program can set a file's time of modification, but not that of its last change (ctime).
+        state = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+        self._key = repr((_VERSION, str(file.path.absolute()), state, file.form, columns)).encode()
+        name = f"{file.path.name[:40]}-{hashlib.sha256(self._key).hexdigest()[:20]}.parquet"
+        self.path = Path(cache_dir).expanduser() / name
 
-    def _info(self) -> datasets.DatasetInfo:
-        features = datasets.Features.from_arrow_schema(self.file.schema(self.columns))
-        return datasets.DatasetInfo(features=features)
+    def exists(self) -> bool:
+        """Whether the file was converted as it is now, going by what was kept says of itself."""
+        if not self.path.is_file():
+            return False
+        try:
+            return bool((pq.read_metadata(self.path).metadata or {}).get(_KEY) == self._key)
+        except (OSError, ValueError, pa.ArrowException):
+            return False
 
-    def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
-        return [datasets.SplitGenerator(name="train")]
+    def make(self) -> None:
+        """Convert the file, unless another process does it meanwhile.
 
-    def _generate_tables(self) -> Iterator[tuple[tuple[int, int], pa.Table]]:
+        Raises:
+            UserError: The file cannot be read, lacks a column or has no rows, or the cache cannot be written.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.path.with_suffix(".lock")):
+                if not self.exists():
+                    self._convert(self.path.with_suffix(".part"))
+        except OSError as error:
+            raise UserError(
+                f"{self.file.path} cannot be converted into the cache folder {self.path.parent}: {error}; free some "
+                "space or set another cache_dir"
+            ) from error
+
+    def discard(self) -> None:
+        """Remove a broken Parquet file.
+
+        Raises:
+            UserError: It cannot be removed.
+        """
+        print(f"{self.path} is broken; converting {self.file.path} again", file=sys.stderr, flush=True)
+        try:
+            self.path.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.path} is broken and cannot be removed: {error}; set another cache_dir") from error
+
+    def _convert(self, part: Path) -> None:
+        size = self.file.path.stat().st_size
+        if size >= _LARGE:
+            print(f"Converting {self.file.path} ({size / 1e6:,.0f} MB) ...", file=sys.stderr, flush=True)
+        schema = self.file.schema(self.columns).with_metadata({_KEY: self._key})
         rows = 0
-        for i, table in enumerate(self.file.tables(self.columns)):
-            rows += len(table)
-            yield (0, i), table
-        if not rows:
-            raise UserError(f"{self.file.path}: has no rows")
-
-
-def cached(file: DataFile, columns: list[str], cache_dir: str) -> datasets.Dataset:
-    """Some columns of a file as a memory-mapped dataset, converted when the file is new or has changed.
-
-    Args:
-        file: The file.
-        columns: Names of its columns.
-        cache_dir: Folder that keeps the conversion; ``~`` is the home folder.
-
-    Raises:
-        UserError: The file cannot be read, lacks a column or has no rows, or the cache cannot be written.
-    """
-    quiet = file.path.stat().st_size < _SHOW_PROGRESS and not datasets.are_progress_bars_disabled()
-    if quiet:
-        datasets.disable_progress_bars()
-    try:
-        builder = FileBuilder(file, columns, cache_dir)
-        builder.download_and_prepare()
-        return builder.as_dataset(split="train")
-    except datasets.exceptions.DatasetGenerationError as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        raise
-    except OSError as error:
-        raise UserError(
-            f"{file.path} cannot be converted into the cache folder {cache_dir}: {error}; free some space or set "
-            "another cache_dir"
-        ) from error
-    finally:
-        if quiet:
-            datasets.enable_progress_bars()
+        try:
+            with pq.ParquetWriter(part, schema, write_page_checksum=True) as writer:
+                for table in self.file.tables(self.columns):
+                    writer.write_table(table.cast(schema))
+                    rows += len(table)
+            if not rows:
+                raise UserError(f"{self.file.path}: has no rows")
+            part.replace(self.path)
+        finally:
+            part.unlink(missing_ok=True)

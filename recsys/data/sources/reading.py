@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recsys.assets import CACHE_DIR
+from recsys.data.sources.cache import Conversion
 from recsys.data.sources.files import DataFile
 from recsys.data.sources.source import Columns
 from recsys.types import UserError
@@ -20,23 +21,38 @@ _ROWS = 1_000_000  # encoded at a time
 
 
 def read(file: DataFile, columns: dict[str, str], cache_dir: str) -> pd.DataFrame:
-    """Read some columns of a file through the Arrow cache.
+    """Read some columns of a file, of a text through its conversion to Parquet.
 
     Args:
         file: The file.
         columns: For each column of the frame, the column of the file.
-        cache_dir: Folder that keeps the converted file.
+        cache_dir: Folder that keeps the conversion.
 
     Returns:
-        The frame that :func:`to_frame` makes; its index is the row number in the file.
+        A frame as that of :func:`to_frame`; its index is the row number in the file.
 
     Raises:
         UserError: The file cannot be read or lacks a column, or the cache cannot be written.
     """
-    from recsys.data.sources.cache import cached
+    names = list(dict.fromkeys(columns.values()))
 
-    dataset = cached(file, list(dict.fromkeys(columns.values())), cache_dir)
-    return to_frame(dataset, columns, str(file.path), file.first_row)
+    def frame(parquet: DataFile) -> pd.DataFrame:
+        return _frame(parquet.tables(names), columns, str(file.path), file.first_row)
+
+    if file.is_parquet:
+        file.schema(names)
+        return frame(file)
+    conversion = Conversion(file, names, cache_dir)
+    if not conversion.exists():
+        if conversion.path.exists():
+            conversion.discard()
+        conversion.make()
+    try:
+        return frame(DataFile(conversion.path))
+    except UserError:  # a fault of the file itself would have shown when it was converted
+        conversion.discard()
+        conversion.make()
+        return frame(DataFile(conversion.path))
 
 
 def to_frame(data: Any, columns: dict[str, str], name: str, first_row: int) -> pd.DataFrame:
@@ -59,17 +75,23 @@ def to_frame(data: Any, columns: dict[str, str], name: str, first_row: int) -> p
     for column in columns.values():
         if column not in there:
             raise UserError(f"{name}: column {column!r} is missing; there are {', '.join(map(repr, there))}")
-    if not len(data):
-        raise UserError(f"{name}: has no rows")
+    return _frame(_pieces(data, list(dict.fromkeys(columns.values()))), columns, name, first_row)
+
+
+def _frame(tables: Iterator[pa.Table], columns: dict[str, str], name: str, first_row: int) -> pd.DataFrame:
     pieces: dict[str, list[pa.Array]] = {target: [] for target in columns}
+    rows = 0
     try:
-        for table in _pieces(data, list(dict.fromkeys(columns.values()))):
+        for table in tables:
+            rows += len(table)
             for target, column in columns.items():
                 piece = table[column].combine_chunks()
                 pieces[target].append(_convert(piece, target))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
         raise UserError(f"{name}: a column in {list(columns.values())} is neither text nor numbers: {error}") from error
-    index = pd.RangeIndex(first_row, first_row + len(data))
+    if not rows:
+        raise UserError(f"{name}: has no rows")
+    index = pd.RangeIndex(first_row, first_row + rows)
     return pd.DataFrame({target: _column(arrays, target, index) for target, arrays in pieces.items()})
 
 
