@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-import numpy as np
-import pytest
+from html.parser import HTMLParser
+from types import SimpleNamespace
 
-from recsys.reporting import Validation, bootstrap_interval, closing_table, roc_figure
+import numpy as np
+import pandas as pd
+import pytest
+from tensorboard.plugin_util import markdown_to_safe_html
+
+from recsys.data import Catalog, Histories, card_markdown
+from recsys.reporting import Validation, bootstrap_interval, closing_table, examples_table, roc_figure
 from recsys.window import Dial, DialSettings, Window
 
 
@@ -91,3 +97,53 @@ def test_the_report_is_of_the_chosen_k() -> None:
     text = closing_table(shown, dial(1, window=Window(k=3)), resamples=50)
     assert "recall@3: TAWin - start = " in text
     assert "recall@1: " not in text
+
+
+class Page(HTMLParser):
+    """The tags of a page, and the texts of its table's cells."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.cells: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self.tags.add(tag)
+        if tag in ("td", "th"):
+            self.cells.append("")
+
+    def handle_data(self, data: str) -> None:
+        if self.cells and data.strip():
+            self.cells[-1] += data
+
+
+TABLE = {"table", "thead", "tbody", "tr", "th", "td"}
+HOSTILE = [
+    "<img src=http://example.com/a.png>",
+    "![x](http://example.com/a.png)",
+    "a [link](http://example.com)",
+    "<http://example.com>",
+    "a|b",
+    "*x* _y_ `z` ~~w~~ $1 #2 \\| &lt;img src=x&gt; &amp;",
+]
+
+
+def test_texts_of_the_data_are_shown_as_they_are() -> None:
+    """By what TensorBoard makes of Markdown."""
+    items = np.arange(6)
+    data = SimpleNamespace(
+        catalog=Catalog([str(i) for i in items], HOSTILE),
+        histories=Histories(np.zeros(6, int), items, items),
+        user_ids=pd.Index(["<img src=x>\n|_u_"]),
+    )
+    page = Page(markdown_to_safe_html(examples_table(data, np.array([5]), items[None, [4, 5, 1]], 1)))
+    assert page.tags <= TABLE | {"strong"}
+    user, history, target, top = page.cells[4:]
+    assert user.split() == ["<img", "src=x>", "|_u_"]
+    assert history == "; ".join(HOSTILE[:5])
+    assert target == HOSTILE[5]
+    assert top == "; ".join(HOSTILE[i] for i in (4, 5, 1))
+    page = Page(markdown_to_safe_html(card_markdown({"dropped": dict.fromkeys(HOSTILE, 0.5)})))
+    assert page.tags <= TABLE
+    assert page.cells[-1] == ", ".join(f"{name} 0.5" for name in HOSTILE)

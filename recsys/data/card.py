@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import Any
 
@@ -86,7 +87,13 @@ def card_text(card: dict[str, Any]) -> str:
 
 def card_markdown(card: dict[str, Any]) -> str:
     """Write a card as a Markdown table."""
-    return "\n".join(["| data | |", "|---|---|", *(f"| {n} | {_written(n, value)} |" for n, value in card.items())])
+    rows = (f"| {literal(name)} | {literal(_written(name, value))} |" for name, value in card.items())
+    return "\n".join(["| data | |", "|---|---|", *rows])
+
+
+def literal(text: str) -> str:
+    """Write a text so that Markdown and HTML show it as it is: no image is fetched, no cell or link begins in it."""
+    return re.sub(r"[^\w ,.;:/'\"%()=-]|_", lambda match: f"&#{ord(match[0])};", text)
 
 
 def _written(name: str, value: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from recsys.data import HistoryDataModule
+from recsys.data.card import literal
 from recsys.evaluation import FILTERED
 from recsys.reporting.validation import Validation
 from recsys.window import Dial
@@ -71,9 +72,9 @@ def examples_table(data: HistoryDataModule, row: np.ndarray, items: np.ndarray, 
     titles = data.catalog.titles
     lines = ["| user | history (newest last) | target | top items |", "|---|---|---|---|"]
     for r, best in list(zip(row, items[:, :SHOWN], strict=True))[:: max(1, len(row) // count)][:count]:
-        history = "; ".join(titles[i] for i in data.histories.history(r, SHOWN))
+        history = "; ".join(literal(titles[i]) for i in data.histories.history(r, SHOWN))
         target = data.histories.items[r]
-        top = "; ".join(f"**{titles[i]}**" if i == target else titles[i] for i in best)
-        user = data.user_ids[data.histories.users[r]]
-        lines.append("|" + "|".join(str(c).replace("|", "\\|") for c in (user, history, titles[target], top)) + "|")
+        top = "; ".join(f"**{literal(titles[i])}**" if i == target else literal(titles[i]) for i in best)
+        user = literal(data.user_ids[data.histories.users[r]])
+        lines.append(f"|{user}|{history}|{literal(titles[target])}|{top}|")
     return "\n".join(lines)
