@@ -30,7 +30,7 @@ class ByteTokenizer:
         self.bos_token_id = bos
         self.drops = drops
 
-    def __call__(self, text, add_special_tokens=True):
+    def __call__(self, text, add_special_tokens=True, split_special_tokens=False):
         texts = [text] if isinstance(text, str) else text
         bos = [self.bos_token_id] if add_special_tokens and self.bos_token_id is not None else []
         ids = [bos + [b for b in t.encode() if b not in self.drops] for t in texts]

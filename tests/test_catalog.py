@@ -3,11 +3,14 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
-from recsys.data import Catalog
+from benchmarks.tokenizer import main
+from recsys.data import Catalog, PromptEncoder, PromptTemplate
 from recsys.data.catalog import shorten
+from recsys.policy import byte_tokenizer
 from recsys.types import UserError
-from tests.helpers_tokenizer import ByteTokenizer
+from tests.helpers_tokenizer import ByteTokenizer, chat_tokenizer
 
 
 def test_index_is_the_position():
@@ -33,11 +36,38 @@ def test_every_item_ends_and_none_is_a_prefix_of_another():
     assert not any(a != b and b[: len(a)] == a for a in different for b in different)
 
 
+@pytest.mark.parametrize("name", ["byte", "chat", "learnt"])
+def test_titles_never_yield_control_tokens(name, tmp_path):
+    if name == "learnt":  # as benchmarks/tokenizer.py makes it
+        (tmp_path / "items.csv").write_text("item_id,title\n1,Alien\n2,Aliens\n")
+        main(items=str(tmp_path / "items.csv"), out=str(tmp_path / "tokenizer"), size=260)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    else:
+        tokenizer = {"byte": byte_tokenizer, "chat": chat_tokenizer}[name]()
+    names = ["<|end|>", "<|end|><|user|>", "<s> Heat", "Heat <|assistant|>!", "<|en", "Heat"]
+    tokens = Catalog(names, names).tokenize(tokenizer, "\n")
+    assert [tokenizer.decode(ids) for ids in tokens] == [name + "\n" for name in names]
+    control = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    assert control
+    assert control.isdisjoint(i for ids in tokens for i in ids)
+    assert tokenizer("<|end|>", add_special_tokens=False).input_ids[0] in control  # in texts that are not data
+
+
+def test_a_tokenizer_that_reads_control_tokens_regardless(monkeypatch):
+    tokenizer = byte_tokenizer()
+    call = type(tokenizer).__call__
+    monkeypatch.setattr(type(tokenizer), "__call__", lambda *args, split_special_tokens=False, **kw: call(*args, **kw))
+    with pytest.raises(UserError, match=r"item id 'b': the title 'x<\|end\|>' contains a control token"):
+        Catalog(["a", "b"], ["x", "x<|end|>"]).tokenize(tokenizer, "\n")
+    with pytest.raises(UserError, match=r"entry text '<\|end\|> ' contains a control token"):
+        PromptEncoder(tokenizer, [[1]], PromptTemplate(), [("", ""), ("<|end|> ", "")])
+
+
 def test_title_and_end_are_tokenised_apart():
     class Merging(ByteTokenizer):
         """Merges the last letter and a newline into one token, as real vocabularies do with punctuation."""
 
-        def __call__(self, text, add_special_tokens=True):
+        def __call__(self, text, add_special_tokens=True, **kwargs):
             if isinstance(text, str) and len(text) > 1 and text.endswith("\n"):
                 raise AssertionError("title and end were tokenised together")
             return super().__call__(text, add_special_tokens)

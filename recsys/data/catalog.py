@@ -52,7 +52,8 @@ class Catalog:
     def tokenize(self, tokenizer: Any, end: str, max_title_tokens: int | None = None) -> list[list[int]]:
         """Token ids of every title, each followed by those of ``end``; both are tokenised apart and joined by ids.
 
-        Items with equal titles, or with titles that the tokenizer does not tell apart, have equal token ids.
+        Items with equal titles, or with titles that the tokenizer does not tell apart, have equal token ids. A control
+        token that a title spells is text like any other.
 
         Args:
             tokenizer: A ``transformers`` tokenizer.
@@ -63,15 +64,21 @@ class Catalog:
             M lists of token ids.
 
         Raises:
-            UserError: ``end`` or a title has no tokens, or a title contains the tokens of ``end``.
+            UserError: ``end`` or a title has no tokens, or a title contains the tokens of ``end`` or a control token.
         """
         end_ids: list[int] = tokenizer(end, add_special_tokens=False).input_ids
         if not end_ids:
             raise UserError(f"the end of an item, {end!r}, has no tokens; choose another `end` in the prompt template")
-        tokens: list[list[int]] = tokenizer(self.titles, add_special_tokens=False).input_ids
+        tokens = plain_tokens(tokenizer, self.titles)
+        control = control_tokens(tokenizer)
         for item_id, title, ids in zip(self.item_ids, self.titles, tokens, strict=True):
             if not ids:
                 raise UserError(f"item id {item_id!r}: the title {title!r} has no tokens; write it differently")
+            if not control.isdisjoint(ids):
+                raise UserError(
+                    f"item id {item_id!r}: the title {title!r} contains a control token of the model; write it "
+                    "differently"
+                )
             if _ends_early(ids, end_ids):
                 raise UserError(
                     f"item id {item_id!r}: the title {title!r} contains the end of an item, {end!r}; choose another "
@@ -81,6 +88,18 @@ class Catalog:
             whole, tokens = tokens, shorten(tokens, max_title_tokens, end_ids)
             self.cut_titles = sum(map(ne, whole, tokens))
         return [ids + end_ids for ids in tokens]
+
+
+def plain_tokens(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Token ids of texts that come from data: what spells a control token, as ``<|im_end|>``, is text."""
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, split_special_tokens=True).input_ids
+    return ids
+
+
+def control_tokens(tokenizer: Any) -> set[int]:
+    """Ids of the tokens that have a meaning of their own, all but the one of unknown text."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {i for i, token in added.items() if token.special} - {getattr(tokenizer, "unk_token_id", None)}
 
 
 def shorten(titles: list[list[int]], limit: int, end: list[int]) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,12 +12,15 @@ import jinja2
 import numpy as np
 import pandas as pd
 
+from recsys.data.catalog import control_tokens, plain_tokens
 from recsys.data.histories import Histories
 from recsys.data.sources import Columns, SourceData
 from recsys.types import UserError
 
 _HISTORY = "{history}"
 _TITLE = "{title}"
+_DATE = "2024-07-26"
+_DIRECTIVES = [f"%{pad}{letter}" for pad in ("", "-") for letter in "aAbBdmyYjHIMSpwuUWVGcxXDF"]  # of strftime
 _FIELD = re.compile(r"\{(\w+)\}")
 
 
@@ -29,8 +33,8 @@ class PromptTemplate:
         end: Text that ends every title, in the prompt and as the model's answer. No title may contain its tokens.
         entry: Text of one entry. ``{title}`` stands for the title and its ``end``; ``{rating}`` and ``{category}`` for
             those of the event, if the source has them. An event that lacks one of them is written as ``{title}``
-            alone. What follows the title is read before the next title is named, in training as in evaluation; what
-            precedes it has no counterpart before the target.
+            alone. Control tokens that it spells are text, as in titles. What follows the title is read before the next
+            title is named, in training as in evaluation; what precedes it has no counterpart before the target.
         max_history: Most titles in a prompt; the newest are kept.
         max_tokens: Most tokens in a prompt; older entries are left out, whole entries only, until it fits.
         max_title_tokens: Tokens to which longer titles are cut, ``end`` not counted; a title keeps more where it needs
@@ -38,10 +42,13 @@ class PromptTemplate:
         chat: Write the template as a user's message in the chat format of the model's tokenizer, followed by the start
             of the answer. For instruction-tuned models.
         system: System message that precedes the user's; only with ``chat``. Null leaves it to the chat format.
+        date: The day, in ISO 8601, for chat formats that write today's; only with ``chat``. Null is 2024-07-26, the day
+            of Llama's own examples: the prompts of a run do not change from day to day.
 
     Raises:
         UserError: ``template`` does not hold ``{history}`` exactly once, or ``entry`` not ``{title}``; ``entry`` has an
-            unknown field; ``max_history`` or ``max_title_tokens`` is below 1; there is a ``system`` without ``chat``.
+            unknown field; ``max_history`` or ``max_title_tokens`` is below 1; ``date`` is none; there is a ``system``
+            or a ``date`` without ``chat``.
     """
 
     template: str = "The user watched these movies, one per line, oldest first:\n{history}"
@@ -52,6 +59,7 @@ class PromptTemplate:
     max_title_tokens: int | None = None
     chat: bool = False
     system: str | None = None
+    date: str | None = None
 
     def __post_init__(self) -> None:
         if self.template.count(_HISTORY) != 1:
@@ -67,8 +75,13 @@ class PromptTemplate:
             raise UserError(f"the prompt's max_history must be at least 1, but it is {self.max_history}")
         if self.max_title_tokens is not None and self.max_title_tokens < 1:
             raise UserError(f"the prompt's max_title_tokens must be at least 1, but it is {self.max_title_tokens}")
-        if self.system is not None and not self.chat:
-            raise UserError("the prompt's system message needs chat: true")
+        for name in ("system", "date"):
+            if getattr(self, name) is not None and not self.chat:
+                raise UserError(f"the prompt's {name} needs chat: true")
+        try:
+            datetime.date.fromisoformat(self.date or _DATE)
+        except ValueError as error:
+            raise UserError(f"the prompt's date must be one like {_DATE}, but it is {self.date!r}") from error
 
     @property
     def fields(self) -> list[str]:
@@ -90,12 +103,23 @@ class PromptTemplate:
         messages = [] if self.system is None else [{"role": "system", "content": self.system}]
         messages.append({"role": "user", "content": self.template})
         try:
-            text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            chat_template = self._dated(tokenizer.get_chat_template())
+            text: str = tokenizer.apply_chat_template(
+                messages, chat_template=chat_template, tokenize=False, add_generation_prompt=True
+            )
         except jinja2.TemplateError as error:  # some formats have no system message
             raise UserError(f"the prompt's messages do not fit the tokenizer's chat template: {error}") from error
         if text.count(_HISTORY) != 1:
             raise UserError(f"the chat prompt must contain {_HISTORY} exactly once, but it is {text!r}")
         return text
+
+    def _dated(self, chat_template: str) -> str:
+        """A chat template whose ``strftime_now``, by which templates get today's date, gives the prompt's."""
+        if "strftime_now" not in chat_template:
+            return chat_template
+        day = datetime.date.fromisoformat(self.date or _DATE)
+        written = "".join(f"|replace({part!r}, {day.strftime(part)!r})" for part in _DIRECTIVES)
+        return f"{{% macro strftime_now(format) %}}{{{{ format{written} }}}}{{% endmacro %}}{chat_template}"
 
 
 def write_entries(
@@ -185,10 +209,12 @@ class PromptEncoder:
                 f"the prompt template needs some text before {_HISTORY}: the model cannot start from nothing"
             )
 
-        self._around: list[tuple[list[int], list[int]]] = [
-            (tokenizer(left, add_special_tokens=False).input_ids, tokenizer(right, add_special_tokens=False).input_ids)
-            for left, right in entries
-        ]
+        texts = plain_tokens(tokenizer, [text for pair in entries for text in pair])
+        control = control_tokens(tokenizer)
+        for text, tokens in zip((text for pair in entries for text in pair), texts, strict=True):
+            if not control.isdisjoint(tokens):
+                raise UserError(f"the entry text {text!r} contains a control token of the model; write it differently")
+        self._around = list(zip(texts[::2], texts[1::2], strict=True))
         self._around_lengths = np.array([len(left) + len(right) for left, right in self._around])
         self.item_lengths = np.array([len(tokens) for tokens in item_tokens])
         self._offsets = np.concatenate([[0], np.cumsum(self.item_lengths)])
