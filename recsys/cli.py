@@ -201,8 +201,11 @@ def main(args: list[str] | None = None) -> None:
             copy_configs(Path("configs"))
             return
         command_line(args, save_config_callback=SaveConfig, parser_kwargs={"description": DESCRIPTION})
-    except UserError as error:
-        print(f"recsys: error: {error}", file=sys.stderr)
+    except (UserError, ValueError) as error:
+        mistake = error if isinstance(error, UserError) else error.__cause__
+        if not isinstance(mistake, UserError):  # jsonargparse wraps it where a part may also be null
+            raise
+        print(f"recsys: error: {mistake}", file=sys.stderr)
         raise SystemExit(1) from None
     except SIGTERMException:  # has no code of its own, which would mean success
         raise SystemExit(128 + signal.SIGTERM) from None

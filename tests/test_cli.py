@@ -122,6 +122,27 @@ def lines_of_failure(args: list[str], capsys: pytest.CaptureFixture[str]) -> str
     return line
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("source.init_args.filters.k_core=-1", "filters.k_core must be at least 0"),
+        ("source.init_args.filters.min_rating=.inf", "filters.min_rating must be a number"),
+        ("source.init_args.filters.end=nan", "filters.end must be a number or an ISO 8601 date"),
+        ("source.init_args.encoding=null", "encoding None"),
+        ("source.init_args.cache_dir=null", "cache_dir must name a folder"),
+        ("source.init_args.time=when", "column 'when' is missing"),
+        ("prompt.max_tokens=100000000000000000000", "max_tokens must be at most"),
+    ],
+)
+def test_nonsense_in_an_option_of_the_data_is_one_line(
+    option: str, message: str, small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is converted."""
+    folder = [] if "cache_dir" in option else [f"--data.source.init_args.cache_dir={tmp_path / 'none'}"]
+    assert message in lines_of_failure(["data", config("debug.yaml"), *small, *folder, f"--data.{option}"], capsys)
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize("k", [1, 5, 20, 50])
 def test_k_alone_is_enough_with_every_shipped_config(
     k: int, small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]

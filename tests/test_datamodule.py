@@ -225,6 +225,8 @@ def test_evaluation_rows_are_spread_over_time():
 def test_sizes_must_be_positive(name):
     with pytest.raises(UserError, match=f"data.{name} must be at least 1"):
         data(**{name: 0})
+    with pytest.raises(UserError, match=f"data.{name} must be at most"):
+        data(**{name: 10**20})
     with pytest.raises(UserError, match=r"data\.num_workers must be at least 0"):
         data(num_workers=-1)
 

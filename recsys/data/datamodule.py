@@ -19,6 +19,7 @@ from recsys.types import Batch, UserError
 
 _SIZES = ("batch_size", "eval_batch_size")
 _COUNTS = ("warm_start_stretches", "policy_stretches", "val_rows", "test_rows")
+_MOST = 2**63 - 1  # what an array of integers holds
 _LEAST = dict.fromkeys(_SIZES + _COUNTS, 1) | {"num_workers": 0, "seed": 0}
 
 
@@ -60,7 +61,7 @@ class HistoryDataModule(LightningDataModule):
         encoder: Makes prompts; after ``setup``.
 
     Raises:
-        UserError: A number is below 1 (``num_workers`` and ``seed``: below 0).
+        UserError: A number is below 1 (``num_workers`` and ``seed``: below 0), or too large for an integer.
     """
 
     catalog: Catalog
@@ -103,6 +104,8 @@ class HistoryDataModule(LightningDataModule):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"data.{name} must be at least {least}, but it is {value}")
+            if value is not None and value > _MOST:
+                raise UserError(f"data.{name} must be at most {_MOST:,}, but it is {value}")
         if not 0 <= fresh_share < 1:
             raise UserError(f"data.fresh_share must be at least 0 and below 1, but it is {fresh_share}")
 

@@ -20,6 +20,7 @@ from recsys.types import UserError
 _HISTORY = "{history}"
 _TITLE = "{title}"
 _DATE = "2024-07-26"
+_MOST = 1_000_000  # tokens or titles; more than any model reads
 _DIRECTIVES = [f"%{pad}{letter}" for pad in ("", "-") for letter in "aAbBdmyYjHIMSpwuUWVGcxXDF"]  # of strftime
 _FIELD = re.compile(r"\{(\w+)\}")
 
@@ -47,8 +48,8 @@ class PromptTemplate:
 
     Raises:
         UserError: ``template`` does not hold ``{history}`` exactly once, or ``entry`` not ``{title}``; ``entry`` has an
-            unknown field; ``max_history`` or ``max_title_tokens`` is below 1; ``date`` is none; there is a ``system``
-            or a ``date`` without ``chat``.
+            unknown field; a number is below 1 or above 1,000,000; ``end`` is empty; ``date`` is none; there is a
+            ``system`` or a ``date`` without ``chat``.
     """
 
     template: str = "The user watched these movies, one per line, oldest first:\n{history}"
@@ -66,15 +67,19 @@ class PromptTemplate:
             raise UserError(f"the prompt template must contain {_HISTORY} exactly once, but it is {self.template!r}")
         if self.entry.count(_TITLE) != 1:
             raise UserError(f"the prompt's entry must contain {_TITLE} exactly once, but it is {self.entry!r}")
+        if not self.end:
+            raise UserError("the prompt's end is empty; it must tell where a title ends")
         for field in self.fields:
             if field not in (Columns.RATING, Columns.CATEGORY):
                 raise UserError(
                     f"the prompt's entry has the unknown field {{{field}}}; it may have {{rating}}, {{category}}"
                 )
-        if self.max_history < 1:
-            raise UserError(f"the prompt's max_history must be at least 1, but it is {self.max_history}")
-        if self.max_title_tokens is not None and self.max_title_tokens < 1:
-            raise UserError(f"the prompt's max_title_tokens must be at least 1, but it is {self.max_title_tokens}")
+        for name in ("max_history", "max_tokens", "max_title_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"the prompt's {name} must be at least 1, but it is {value}")
+            if value is not None and value > _MOST:
+                raise UserError(f"the prompt's {name} must be at most {_MOST:,}, but it is {value}")
         for name in ("system", "date"):
             if getattr(self, name) is not None and not self.chat:
                 raise UserError(f"the prompt's {name} needs chat: true")

@@ -27,9 +27,14 @@ class Conversion:
         file: The text file.
         columns: Names of its columns.
         cache_dir: Folder that keeps the Parquet file; ``~`` is the home folder.
+
+    Raises:
+        UserError: ``cache_dir`` is empty.
     """
 
     def __init__(self, file: DataFile, columns: list[str], cache_dir: str) -> None:
+        if not cache_dir:
+            raise UserError("the source's cache_dir must name a folder")
         self.file = file
         self.columns = columns
         stat = file.path.stat()

@@ -56,7 +56,7 @@ class Delimited:
             raise UserError(f"the source's separator must be text without quotes and line ends, not {self.separator!r}")
         try:
             "".encode(self.encoding)
-        except (LookupError, ValueError) as error:
+        except (LookupError, ValueError, TypeError) as error:
             raise UserError(f"the source's encoding {self.encoding!r} is not one that Python knows") from error
 
 

@@ -48,8 +48,8 @@ class Filters:
 
     k_core: int = 0
     min_rating: float | None = None
-    start: str | float | None = None
-    end: str | float | None = None
+    start: int | float | str | None = None
+    end: int | float | str | None = None
     drop_duplicates: bool = False
 
     def __post_init__(self) -> None:
@@ -163,7 +163,7 @@ class SourceData:
             raise UserError(f"{self.interactions_from}: the filters leave no interaction ({counts}); relax them")
         return replace(self, interactions=log, items=items, dropped=dropped)
 
-    def _bound(self, name: str, value: str | float) -> float:
+    def _bound(self, name: str, value: float | str) -> float:
         """A bound in the unit of the times.
 
         Raises:
@@ -229,9 +229,9 @@ def is_missing(ids: pd.Series) -> pd.Series:
     return ids.isna() | (ids == "")
 
 
-def _number(value: str | float) -> float | None:
+def _number(value: float | str) -> float | None:
     """A bound as a finite number, a whole one as it is written; None if it is none."""
-    for kind in (int, float) if isinstance(value, str) else (float,):
+    for kind in (float,) if isinstance(value, float) else (int, float):
         try:
             number = kind(value)
             return number if math.isfinite(number) else None
@@ -240,7 +240,7 @@ def _number(value: str | float) -> float | None:
     return None
 
 
-def _date(value: str | float) -> int | None:
+def _date(value: float | str) -> int | None:
     """A bound as nanoseconds of Unix time; None if it is not an ISO 8601 date."""
     text = f"{value:.0f}" if isinstance(value, float) and value.is_integer() else str(value)
     date = pd.to_datetime(pd.Series([text]), errors="coerce", format="ISO8601", utc=True).dt.as_unit("us")

@@ -92,6 +92,7 @@ class Table(_Mapped):
             UserError: A file or a column is missing, a file is not a table, or a check of :class:`SourceData` fails.
         """
         log, items = DataFile(self.interactions, self.form), DataFile(self.items, self.form)
+        log.schema(list(self.columns.values()))  # a missing column shows before anything is converted
         item_frame = read(items, self.item_columns, self.cache_dir)  # first, as it is short: its faults show soon
         log_frame = read(log, self.columns, self.cache_dir)
         return SourceData(log_frame, item_frame, self.interactions, self.items).filtered(self.filters)
