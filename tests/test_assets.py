@@ -114,6 +114,27 @@ def test_pip_failure_shows_its_last_lines_and_the_way_out(tmp_path, pip):
         assert part in str(caught.value)
 
 
+def test_pip_failure_is_one_line(tmp_path, pip):
+    pip.error = "WARNING: one\nERROR: two\nERROR: [Errno 28] No space left on device\n"
+    with pytest.raises(UserError, match=r"ERROR: two \| ERROR: \[Errno 28\]") as caught:
+        fetch(MODEL, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_cache_file_that_cannot_be_read_is_replaced(tmp_path, pip, monkeypatch):
+    path = fetch(MODEL, tmp_path)
+    opened = Path.open
+
+    def refuse(self, mode="r", **kwargs):
+        if self == path and pip.calls == 1:
+            raise PermissionError(13, "Permission denied")
+        return opened(self, mode, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert fetch(MODEL, tmp_path) == path
+    assert pip.calls == 2
+
+
 def test_environment_without_pip(tmp_path, monkeypatch):
     monkeypatch.setattr(assets.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"has no pip.*ensurepip.*place the file"):

@@ -235,7 +235,7 @@ def test_a_file_without_rows(table, tmp_path, suffix):
 def test_the_second_start_reads_the_cache(table, monkeypatch):
     source = table()
     first = source.load()
-    monkeypatch.setattr(files.DataFile, "_rows", None)
+    monkeypatch.setattr(files, "_tables", None)
     second = source.load()
     pd.testing.assert_frame_equal(first.interactions, second.interactions)
     pd.testing.assert_frame_equal(first.items, second.items)
