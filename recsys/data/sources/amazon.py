@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from recsys.data.sources.cleaning import usable
 from recsys.data.sources.files import DataFile
-from recsys.data.sources.reading import ARROW_CACHE, read
+from recsys.data.sources.reading import TABLE_CACHE, read
 from recsys.data.sources.source import Columns, Filters, Source, SourceData
 from recsys.paths import InputPath
 from recsys.types import UserError
@@ -37,7 +37,7 @@ class AmazonReviews(Source):
     """
 
     def __init__(
-        self, reviews: InputPath, metadata: InputPath, filters: Filters | None = None, cache_dir: str = ARROW_CACHE
+        self, reviews: InputPath, metadata: InputPath, filters: Filters | None = None, cache_dir: str = TABLE_CACHE
     ) -> None:
         self.reviews = reviews
         self.metadata = metadata

@@ -8,7 +8,7 @@ from collections import defaultdict
 import pandas as pd
 
 from recsys.data.sources.files import DataFile
-from recsys.data.sources.reading import ARROW_CACHE, read
+from recsys.data.sources.reading import TABLE_CACHE, read
 from recsys.data.sources.source import Columns, Filters, Source, SourceData, to_times
 from recsys.paths import InputPath
 from recsys.types import UserError
@@ -44,7 +44,7 @@ class HistoryRows(Source):
         UserError: No file is given.
     """
 
-    def __init__(self, files: list[InputPath], filters: Filters | None = None, cache_dir: str = ARROW_CACHE) -> None:
+    def __init__(self, files: list[InputPath], filters: Filters | None = None, cache_dir: str = TABLE_CACHE) -> None:
         if not files:
             raise UserError("the source's `files` is empty; name at least one file")
         self.files = files

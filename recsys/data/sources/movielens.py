@@ -8,7 +8,7 @@ import pandas as pd
 
 from recsys.assets import CACHE_DIR, ML100K_INTERACTIONS, ML100K_ITEMS, fetch_all
 from recsys.data.sources.files import DataFile, Delimited
-from recsys.data.sources.reading import ARROW_CACHE, read
+from recsys.data.sources.reading import TABLE_CACHE, read
 from recsys.data.sources.source import Columns, Filters, Source, SourceData
 from recsys.paths import InputPath
 from recsys.types import UserError
@@ -72,7 +72,7 @@ class MovieLens(Source):
         cache_dir: Folder that keeps the converted files; ``~`` is the home folder.
     """
 
-    def __init__(self, folder: InputPath, filters: Filters | None = None, cache_dir: str = ARROW_CACHE) -> None:
+    def __init__(self, folder: InputPath, filters: Filters | None = None, cache_dir: str = TABLE_CACHE) -> None:
         self.folder = folder
         self.filters = filters
         self.cache_dir = cache_dir

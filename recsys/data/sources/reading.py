@@ -16,7 +16,7 @@ from recsys.data.sources.files import DataFile
 from recsys.data.sources.source import Columns
 from recsys.types import UserError
 
-ARROW_CACHE = f"{CACHE_DIR}/tables"
+TABLE_CACHE = f"{CACHE_DIR}/tables"
 _ROWS = 1_000_000  # encoded at a time
 
 

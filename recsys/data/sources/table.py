@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from recsys.data.sources.files import DataFile, Delimited
-from recsys.data.sources.reading import ARROW_CACHE, read, to_frame
+from recsys.data.sources.reading import TABLE_CACHE, read, to_frame
 from recsys.data.sources.source import Columns, Filters, Source, SourceData
 from recsys.paths import InputPath, NameOrFolder
 from recsys.types import UserError
@@ -74,7 +74,7 @@ class Table(_Mapped):
         rating: str | None = None,
         category: str | None = None,
         filters: Filters | None = None,
-        cache_dir: str = ARROW_CACHE,
+        cache_dir: str = TABLE_CACHE,
         separator: str | None = None,
         quoted: bool | None = None,
         encoding: str = "utf-8",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from recsys.data.sources.cleaning import usable
 from recsys.data.sources.files import DataFile
-from recsys.data.sources.reading import ARROW_CACHE, read
+from recsys.data.sources.reading import TABLE_CACHE, read
 from recsys.data.sources.source import Columns, Filters, Source, SourceData
 from recsys.paths import InputPath
 
@@ -24,7 +24,7 @@ class Yelp(Source):
         cache_dir: Folder that keeps the converted files; ``~`` is the home folder.
     """
 
-    def __init__(self, folder: InputPath, filters: Filters | None = None, cache_dir: str = ARROW_CACHE) -> None:
+    def __init__(self, folder: InputPath, filters: Filters | None = None, cache_dir: str = TABLE_CACHE) -> None:
         self.folder = folder
         self.filters = filters
         self.cache_dir = cache_dir
