@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from recsys.allowed import Allowed
 from recsys.data import HistoryDataModule
 from recsys.engine import TreeEngine
 from recsys.evaluation import Evaluation, logged_names
@@ -306,13 +307,16 @@ class Recommender(lightning.LightningModule):
             self._validated = self.global_step
 
     @torch.no_grad()
-    def rank(self, batch: Batch) -> Ranking:
-        """Return the best items of each row."""
+    def rank(self, batch: Batch, k: int = 0, allowed: Allowed | None = None) -> Ranking:
+        """Return the best items of each row, at least ``k`` where there are so many, all of them ``allowed``."""
         prompt, places = self.engine.prefill(batch.tokens), Places.ends(batch.length)
         if not self.exact:
-            return beam_search(self.engine, prompt, places, self.dial.list_length)
-        scores, items = self.engine.score_all(prompt, places).sort(dim=1, descending=True, stable=True)
-        return Ranking(items, scores, torch.ones_like(items, dtype=torch.bool))
+            return beam_search(self.engine, prompt, places, max(k, self.dial.list_length), allowed)
+        scores = self.engine.score_all(prompt, places)
+        if allowed is not None:
+            scores = scores.masked_fill(allowed.excludes(len(places)), -torch.inf)
+        scores, items = scores.sort(dim=1, descending=True, stable=True)
+        return Ranking(items, scores, ~scores.isneginf())
 
     def _evaluate(self, batch: Batch, part: str) -> dict[str, Tensor]:
         real = batch.row >= 0

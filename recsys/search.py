@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from recsys.allowed import Allowed
 from recsys.engine import PromptCache, TreeEngine
 from recsys.tree import Packing, Places
 from recsys.trie import Trie
@@ -52,13 +53,16 @@ class _Paths:
 
 
 @torch.no_grad()
-def beam_search(engine: TreeEngine, prompt: PromptCache, places: Places, num_beams: int) -> Ranking:
+def beam_search(
+    engine: TreeEngine, prompt: PromptCache, places: Places, num_beams: int, allowed: Allowed | None = None
+) -> Ranking:
     """Return up to ``num_beams`` items for each place with the highest scores that a search of this width finds.
 
     Open paths and finished titles are kept apart, ``num_beams`` of each. Scores only fall, so an open path that is no
     better than the worst of ``num_beams`` finished titles is dropped, and the search ends when none is left. It walks
     the trie's children, so it can neither leave the catalogue nor repeat an item; with as many beams as items it is
-    exact. Items that share a title share its score, and follow each other.
+    exact. Items that share a title share its score, and follow each other. Paths that end in no ``allowed`` title are
+    never open, so a list is as long as there are such titles.
     """
     trie, width = engine.trie, min(num_beams, engine.trie.num_items)
     prompt.rewind()
@@ -69,7 +73,7 @@ def beam_search(engine: TreeEngine, prompt: PromptCache, places: Places, num_bea
     paths = _roots(engine, prompt, places)
     leaf, leaf_score = paths.node[:, :0], paths.score[:, :0]
     while True:
-        child, source, score, leaf, leaf_score = _expand(engine, paths, leaf, leaf_score, num_beams)
+        child, source, score, leaf, leaf_score = _expand(engine, paths, leaf, leaf_score, num_beams, allowed)
         score, best = _top(score, num_beams)
         if leaf_score.shape[1] == num_beams:
             score = score.masked_fill(score <= leaf_score[:, -1:], -torch.inf)
@@ -81,7 +85,7 @@ def beam_search(engine: TreeEngine, prompt: PromptCache, places: Places, num_bea
         paths = _advance(engine, prompt, places, child.gather(1, best), score, sees)
     engine.wait()
     prompt.rewind()
-    return _items_of(trie, leaf, leaf_score, width)
+    return _items_of(allowed.trie if allowed else trie, leaf, leaf_score, width)
 
 
 @torch.no_grad()
@@ -190,11 +194,18 @@ def _top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _expand(
-    engine: TreeEngine, paths: _Paths, leaf: Tensor, leaf_score: Tensor, num_titles: int
+    engine: TreeEngine,
+    paths: _Paths,
+    leaf: Tensor,
+    leaf_score: Tensor,
+    num_titles: int,
+    allowed: Allowed | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return :func:`_children`, those that end a title at -inf, and the best titles with these among them."""
     trie = engine.trie
     child, source, score = _children(engine, paths)
+    if allowed is not None:
+        score = score.masked_fill(allowed.closed(child), -torch.inf)
     # Under `trie` normalisation the forced tokens behind a child are free, to the title's end if it comes first.
     stop = trie.branch[child].long() if engine.normalization == "trie" else child
     ends = trie.degree(stop) == 0
