@@ -35,6 +35,21 @@ DESCRIPTION = (
 class Trainer(pytorch.Trainer):
     """Lightning's trainer, whose methods are the subcommands, with two more."""
 
+    def predict(  # type: ignore[override]
+        self, model: Recommender, datamodule: HistoryDataModule, ckpt_path: str | None = None
+    ) -> None:
+        """Write the items to recommend to each user, or what else the group ``predictions`` asks for.
+
+        Args:
+            model: The model.
+            datamodule: The data.
+            ckpt_path: Checkpoint of the trained model.
+        """
+        for callback in self.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, PredictionWriter):
+                callback.checkpoint = ckpt_path
+        super().predict(model, datamodule=datamodule, return_predictions=False, ckpt_path=ckpt_path)  # they are written
+
     def describe(self, model: Recommender, datamodule: HistoryDataModule) -> None:
         """Print what the data holds and what the settings make of it, without loading the model."""
         datamodule.tokenize(model.tokenizer)
@@ -52,7 +67,7 @@ class SaveConfig(SaveConfigCallback):
 
     def __init__(self, parser: LightningArgumentParser, config: Any, **kwargs: Any) -> None:
         config = config.clone()
-        for key in ("ckpt_path", "weights_only", "verbose", "return_predictions"):  # of one subcommand, not of the run
+        for key in ("ckpt_path", "weights_only", "verbose"):  # of one subcommand, not of the run
             config.pop(key, None)
         super().__init__(parser, config, **kwargs)
 
@@ -88,7 +103,8 @@ class RecsysCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Lightning's subcommands, ``data`` and ``cost``, with the arguments that are not set on the command line."""
-        return {**LightningCLI.subcommands(), "data": {"model", "datamodule"}, "cost": {"model", "datamodule"}}
+        own: dict[str, set[str]] = {name: {"model", "datamodule"} for name in ("predict", "data", "cost")}
+        return LightningCLI.subcommands() | own
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Return a parser whose ``--config`` replaces parts."""

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from recsys.allowed import Allowed
-from recsys.data import HistoryDataModule
+from recsys.data import HistoryDataModule, Requests
 from recsys.engine import TreeEngine
 from recsys.evaluation import Evaluation, logged_names
 from recsys.fingerprint import check_fingerprint, fingerprint, report_changes, settings_of
@@ -339,9 +339,33 @@ class Recommender(lightning.LightningModule):
         """As :meth:`validation_step`, on the test rows."""
         return self._evaluate(batch, "test")
 
+    def allowed(self, requests: Requests) -> Allowed:
+        """Return the items that any of the requests may be answered with."""
+        only = requests.only
+        return Allowed(self.engine.trie, None if only is None else torch.from_numpy(only).to(self.device))
+
+    def answer(self, batch: Batch, requests: Requests, allowed: Allowed) -> Ranking:
+        """Return the best items of each request; ``row`` is its number.
+
+        Raises:
+            UserError: if the policy's scores are not numbers.
+        """
+        row = batch.row.cpu().numpy()
+        if requests.exclude_seen:
+            allowed = allowed.without(*(torch.from_numpy(part).to(self.device) for part in requests.seen(row)))
+        ranking = self.rank(batch, requests.k, allowed)
+        nothing = ~ranking.valid.any(1)
+        if bool(nothing.any()) and not bool(allowed.excludes(len(batch))[nothing].all()):
+            raise UserError("the policy's scores are not numbers: its weights are not finite; use another checkpoint")
+        return ranking
+
+    def on_predict_start(self) -> None:
+        """Look up which items may be recommended."""
+        self._allowed = self.allowed(self.data.requests)
+
     def predict_step(self, batch: Batch, batch_idx: int) -> Ranking:
-        """Return the best items of each row."""
-        return self.rank(batch)
+        """Return the best items of each request of the data module."""
+        return self.answer(batch, self.data.requests, self._allowed)
 
     # ---- checkpoints ------------------------------------------------------------------------------------------
 

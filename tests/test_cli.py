@@ -88,15 +88,15 @@ def test_fit_then_resume_test_and_predict(small: list[str], tmp_path: Path) -> N
     }.items():
         assert events.Scalars(f"{name}/recall@10")[-1].value == pytest.approx(mean)
     main(["predict", debug, *small, f"--ckpt_path={checkpoint}"])
-    frame = pd.read_parquet(tmp_path / "predictions" / "part-000.parquet")
-    assert len(frame) == 8
-    assert set(frame["row"]) == set(rows["row"])
-    assert frame["row"].is_unique
-    for _, row in frame.iterrows():
-        assert len(set(row["item_ids"])) == len(row["item_ids"]) == 20
-        assert list(row["scores"]) == sorted(row["scores"], reverse=True)
-        assert row["user_id"].startswith("u")
-        assert row["target_item_id"].startswith("i")
+    frame = pd.read_parquet(checkpoint.with_name("last.predictions.parquet"))
+    assert frame["user_id"].nunique() == 30
+    assert frame.groupby("user_id").size().isin([7, 8]).all()  # 12 of 20 are seen, or 13 where two share a title
+    of_rows = ["--predictions.rows=test", "--predictions.exclude_seen=false", "--predictions.k=20"]
+    main(["predict", debug, *small, f"--ckpt_path={checkpoint}", *of_rows, "--predictions.path=rows.parquet"])
+    frame = pd.read_parquet("rows.parquet").merge(rows[["row", "rank"]], on="row")
+    assert len(frame) == 8 * 20
+    found = frame[frame["item_id"] == frame["target_item_id"]]
+    assert found["rank_x"].tolist() == pytest.approx(found["rank_y"], abs=1)  # a tie counts one half
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -169,8 +169,9 @@ def test_k_through_fit_test_and_predict(
     main(["test", *arguments, checkpoint])
     ranks = pd.read_parquet(tmp_path / "runs/debug/version_1/ranks/test.parquet")
     assert {f"recall@{k}", "wpauc"} <= set(ranks.columns)
-    main(["predict", *arguments, checkpoint])
-    assert len(pd.read_parquet(tmp_path / "predictions/part-000.parquet")["item_ids"][0]) >= 1.5 * k
+    main(["predict", *arguments, checkpoint, f"--predictions.k={k}"])
+    found = pd.read_parquet(tmp_path / "checkpoints/debug/version_0/last.predictions.parquet")
+    assert (found.groupby("user_id").size() == k).all()
 
 
 def write_films(folder: Path, items: int) -> None:
@@ -237,11 +238,10 @@ def test_an_unknown_item_is_named_with_its_file_and_row(
 def test_existing_predictions_are_not_overwritten(
     small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "predictions").mkdir()
-    (tmp_path / "predictions" / "part-000.parquet").write_text("precious")
-    line = lines_of_failure(["predict", config("debug.yaml"), *small], capsys)
-    assert "exists already" in line
-    assert (tmp_path / "predictions" / "part-000.parquet").read_text() == "precious"
+    (tmp_path / "mine.csv").write_text("precious")
+    line = lines_of_failure(["predict", config("debug.yaml"), *small, "--predictions.path=mine.csv"], capsys)
+    assert "mine.csv exists already" in line
+    assert (tmp_path / "mine.csv").read_text() == "precious"
 
 
 def printed(args: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -295,8 +295,8 @@ def test_named_parts_and_the_users_own_callbacks(small: list[str], tmp_path: Pat
     saved = yaml.safe_load((tmp_path / "logs/mine/version_0/config.yaml").read_text())
     assert [callback["class_path"] for callback in saved["trainer"]["callbacks"]] == [own.split("=")[1]]
     assert {path.name for path in (tmp_path / "kept/mine/version_0").iterdir()} == {"last.ckpt", "last.adapter"}
-    main(["predict", config("debug.yaml"), *small, "--predictions.dirpath=elsewhere", "--trainer.logger=false"])
-    assert (tmp_path / "elsewhere/part-000.parquet").is_file()
+    main(["predict", config("debug.yaml"), *small, "--predictions.path=elsewhere/lists.csv", "--trainer.logger=false"])
+    assert (tmp_path / "elsewhere/lists.csv").is_file()
 
 
 def test_every_subcommand_takes_the_config_that_a_run_saved(

@@ -215,8 +215,7 @@ def test_fresh_rows_are_the_latest_and_not_learnt_from_before():
 def test_evaluation_rows_are_spread_over_time():
     module = ready(val_rows=4, test_rows=1000)
     assert sorted(rows_of(module.val_dataloader())) == sorted(module.histories.val[[0, 5, 11, 16]])  # of 22
-    for loader in (module.test_dataloader(), module.predict_dataloader()):
-        assert sorted(rows_of(loader)) == sorted(module.histories.test)
+    assert sorted(rows_of(module.test_dataloader())) == sorted(module.histories.test)
 
 
 @pytest.mark.parametrize(
@@ -258,10 +257,10 @@ def test_a_phase_draws_the_same_batches_whenever_it_starts(tmp_path):
     assert stretches[0] != stretches[1] != stretches[2]
 
 
-def test_predict_covers_the_test_rows(tmp_path):
+def test_predict_covers_every_user(tmp_path):
     model, module = Model(), data()
     predicted = trainer(tmp_path).predict(model, module)
-    assert sorted(np.concatenate(predicted)) == sorted(module.histories.test)
+    assert sorted(np.concatenate(predicted)) == list(range(module.histories.users.max() + 1))
 
 
 def test_overfit_batches_repeats_one_batch(tmp_path):

@@ -6,6 +6,7 @@ from recsys.data.catalog import Catalog
 from recsys.data.datamodule import HistoryDataModule
 from recsys.data.histories import Histories
 from recsys.data.prompts import EncodedPrompt, PromptEncoder, PromptTemplate
+from recsys.data.requests import Requests
 from recsys.data.sources import (
     AmazonReviews,
     Columns,
@@ -37,6 +38,7 @@ __all__ = [
     "MovieLens100K",
     "PromptEncoder",
     "PromptTemplate",
+    "Requests",
     "ResumableLoader",
     "Source",
     "SourceData",

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
 from recsys.data.histories import Histories
-from recsys.data.prompts import PromptEncoder
+from recsys.data.prompts import EncodedPrompt, PromptEncoder
 from recsys.types import Batch, UserError
 
 _CHUNK = 100  # batches of a rank whose rows are sorted by length together; more would pad less but mix rows less
@@ -95,15 +95,8 @@ class BatchDataset(Dataset[Batch]):
             self.encoder.encode(histories.items[past], histories.entry[past], answer)
             for past, answer in zip(pasts, answers, strict=True)
         ]
-        return Batch(
-            row=torch.from_numpy(np.maximum(rows, -1)),
-            tokens=_pad([prompt.tokens for prompt in prompts], 0),
-            length=torch.tensor([len(prompt.tokens) for prompt in prompts]),
-            titles=_pad([prompt.titles for prompt in prompts], -1),
-            start=_pad([prompt.starts for prompt in prompts], -1),
-            event=_pad([self._events(event, len(p.titles)) for event, p in zip(events, prompts, strict=True)], -1),
-            target=torch.from_numpy(targets),
-        )
+        trained = [self._events(event, len(p.titles)) for event, p in zip(events, prompts, strict=True)]
+        return to_batch(np.maximum(rows, -1), prompts, trained, targets)
 
     def _events(self, row: int, titles: int) -> list[int]:
         """Return the event of each title of a prompt that ends with a row; -1 where it is no row or shows no history.
@@ -114,6 +107,26 @@ class BatchDataset(Dataset[Batch]):
             return [-1] * titles
         events = np.arange(row + 1 - titles, row + 1)
         return np.where(self.trained[events] & (events > events[:1]), events, -1).tolist()
+
+
+def to_batch(row: np.ndarray, prompts: list[EncodedPrompt], events: list[list[int]], target: np.ndarray) -> Batch:
+    """Put prompts together.
+
+    Args:
+        row: [B] int64, what names each row; -1 for one that only fills up.
+        prompts: B prompts.
+        events: The event of each title of each prompt, -1 where it is no row to train on.
+        target: [B] int64, catalogue index of each positive.
+    """
+    return Batch(
+        row=torch.from_numpy(row),
+        tokens=_pad([prompt.tokens for prompt in prompts], 0),
+        length=torch.tensor([len(prompt.tokens) for prompt in prompts]),
+        titles=_pad([prompt.titles for prompt in prompts], -1),
+        start=_pad([prompt.starts for prompt in prompts], -1),
+        event=_pad(events, -1),
+        target=torch.from_numpy(target),
+    )
 
 
 def _pad(lists: list[list[int]], value: int) -> torch.Tensor:

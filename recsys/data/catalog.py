@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+from functools import cached_property
 from operator import ne
 from typing import Any
 
@@ -48,6 +51,35 @@ class Catalog:
         if (index < 0).any():
             raise UserError(f"item id {unique[index < 0][0]!r} is not in the catalogue")
         return index[codes]
+
+    @cached_property
+    def _by_title(self) -> dict[str, int]:
+        """The first item of each title."""
+        return {title: item for item, title in reversed(list(enumerate(self.titles)))}
+
+    def find(self, names: Iterable[str]) -> np.ndarray:
+        """Catalogue index of items that are given by id or by title; the first of several with the same title.
+
+        Args:
+            names: [E] ids or titles.
+
+        Returns:
+            [E] int64.
+
+        Raises:
+            UserError: One is unknown; the message has the titles closest to it.
+        """
+        texts = [str(name) for name in names]
+        found = self._index.get_indexer(pd.Index(texts, dtype=object)).astype(np.int64)
+        for place in np.flatnonzero(found < 0):
+            item = self._by_title.get(" ".join(texts[place].split()))
+            if item is None:
+                lower = {title.lower(): title for title in self.titles}
+                close = [repr(lower[title]) for title in get_close_matches(texts[place].lower(), lower, 3, 0.5)]
+                hint = f"; the closest titles are {', '.join(close)}" if close else ""
+                raise UserError(f"no item has the id or title {texts[place]!r}{hint}")
+            found[place] = item
+        return found
 
     def tokenize(self, tokenizer: Any, end: str, max_title_tokens: int | None = None) -> list[list[int]]:
         """Token ids of every title, each followed by those of ``end``; both are tokenised apart and joined by ids.

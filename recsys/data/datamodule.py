@@ -14,6 +14,7 @@ from recsys.data.batches import BatchDataset, ResumableLoader, plan_batches
 from recsys.data.catalog import Catalog
 from recsys.data.histories import Histories, Split
 from recsys.data.prompts import PromptEncoder, PromptTemplate, write_entries
+from recsys.data.requests import Requests
 from recsys.data.sources import Columns, Source
 from recsys.types import Batch, UserError
 
@@ -47,30 +48,34 @@ class HistoryDataModule(LightningDataModule):
         fresh_share: Share of the train rows, the latest in time, that the warm start leaves out and the objective is
             confined to, so that it meets targets which the policy has not learnt by heart; 0 trains both on all rows.
         val_rows: Validation rows, spread evenly over the split's time; null uses all.
-        test_rows: Test and prediction rows, spread evenly over the split's time; null uses all.
+        test_rows: Test rows, spread evenly over the split's time; null uses all.
         num_workers: Processes that build batches; 0 builds them in the main process.
         seed: Determines, with the epoch's number within its phase, the rows drawn and their order.
 
     Attributes:
         catalog: The items; after ``load``.
+        items: The source's items, in the order of the catalogue; after ``load``.
         histories: The events and rows; after ``load``.
         user_ids: The source's id of each user in ``histories.users``; after ``load``.
         dropped: What the source left out: reason -> interactions; after ``load``.
         entries: Texts before and after a title in a prompt, which ``histories.entry`` counts; after ``load``.
         item_tokens: Token ids of each item, the end included; after ``setup``.
         encoder: Makes prompts; after ``setup``.
+        requests: What prediction goes through: by default, what comes after all events of each user; after ``setup``.
 
     Raises:
         UserError: A number is below 1 (``num_workers`` and ``seed``: below 0), or too large for an integer.
     """
 
     catalog: Catalog
+    items: pd.DataFrame
     histories: Histories
     user_ids: pd.Index
     dropped: dict[str, int]
     entries: list[tuple[str, str]]
     item_tokens: list[list[int]]
     encoder: PromptEncoder
+    requests: Requests
 
     def __init__(
         self,
@@ -119,6 +124,7 @@ class HistoryDataModule(LightningDataModule):
             return
         data = self.source.load()
         log, self.dropped = data.interactions, data.dropped
+        self.items = data.items
         self.catalog = Catalog(data.items[Columns.ITEM].tolist(), data.items[Columns.TITLE].tolist())
         user, user_ids = pd.factorize(log[Columns.USER])
         self.user_ids = user_ids.astype(object)
@@ -155,8 +161,10 @@ class HistoryDataModule(LightningDataModule):
             UserError: Those of :meth:`load`, or a title or the template cannot be used.
         """
         self.load()
+        self.tokenizer = tokenizer
         self.item_tokens = self.catalog.tokenize(tokenizer, self.prompt.end, self.prompt.max_title_tokens)
         self.encoder = PromptEncoder(tokenizer, self.item_tokens, self.prompt, self.entries)
+        self.requests = Requests.of_users(self)
 
     def train_rows(self, warm_start: bool) -> np.ndarray:
         """Rows that a phase may train on: [R] int64 event indices."""
@@ -186,7 +194,7 @@ class HistoryDataModule(LightningDataModule):
         return plan_batches(rows, lengths, self.batch_size, [self.seed, epoch], rank, world_size)
 
     def evaluation_rows(self, part: Literal["val", "test"]) -> np.ndarray:
-        """Rows that validation, or test and prediction, go through: [R] int64 event indices in the order of time."""
+        """Rows that validation or test goes through: [R] int64 event indices in the order of time."""
         rows, count = {"val": (self.histories.val, self.val_rows), "test": (self.histories.test, self.test_rows)}[part]
         count = min(count or len(rows), len(rows))
         return rows[np.arange(count) * len(rows) // count]
@@ -232,8 +240,9 @@ class HistoryDataModule(LightningDataModule):
         return self._evaluation("test")
 
     def predict_dataloader(self) -> DataLoader[Batch]:
-        """The test rows."""
-        return self.test_dataloader()
+        """The requests."""
+        trainer: Any = self.trainer
+        return self.requests.batches(self.eval_batch_size, trainer.global_rank, trainer.world_size, self.num_workers)
 
     def _evaluation(self, part: Literal["val", "test"]) -> DataLoader[Batch]:
         rows, trainer = self.evaluation_rows(part), self.trainer

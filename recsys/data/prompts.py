@@ -162,8 +162,9 @@ def write_entries(
     _, examples, entry = np.unique(number, return_index=True, return_inverse=True)
     pairs = []
     for event in examples:
-        shown = {field: texts[codes[event]] for field, (codes, texts) in columns.items()}
-        text = _TITLE if number[event] < 0 else template.entry
+        complete = number[event] >= 0
+        shown = {field: texts[codes[event]] for field, (codes, texts) in columns.items()} if complete else {}
+        text = template.entry if complete else _TITLE
         before, after = (_fill(part, shown) for part in text.split(_TITLE))
         pairs.append((before, after))
     return entry.astype(np.int32), pairs
@@ -278,12 +279,25 @@ class PromptEncoder:
         Returns:
             [R] int64.
         """
-        lengths = self._entry_lengths(histories.items, histories.entry)
-        ends = np.concatenate([[0], np.cumsum(lengths)])  # [E + 1] tokens of all entries before event
-        first_fitting = np.searchsorted(ends, ends[rows] - self._budget)
-        start = np.maximum(histories.history_start(rows, self.max_history), first_fitting)
+        start = histories.history_start(rows, self.max_history)
         behind = self.item_lengths[histories.items[rows]] if answers else 0
-        return len(self._head) + ends[rows] - ends[start] + len(self._tail) + behind
+        return self.slice_lengths(histories.items, histories.entry, start, rows) + behind
+
+    def slice_lengths(self, items: np.ndarray, entry: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
+        """Tokens of the prompt of each history that is a slice of the same events, without encoding any.
+
+        Args:
+            items: [E] catalogue index of each event.
+            entry: [E] which of the encoder's ``entries`` each has.
+            start: [R] first event of each history, no more than ``max_history`` before its end.
+            end: [R] the event after its last.
+
+        Returns:
+            [R] int64.
+        """
+        before = np.concatenate([[0], np.cumsum(self._entry_lengths(items, entry))])  # [E + 1] tokens of all entries
+        start = np.maximum(start, np.searchsorted(before, before[end] - self._budget))
+        return len(self._head) + before[end] - before[start] + len(self._tail)
 
     def _entry_lengths(self, items: np.ndarray, entry: np.ndarray) -> np.ndarray:
         return self.item_lengths[items] + self._around_lengths[entry]
