@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from recsys.module import Recommender
     from recsys.objectives import GRPO, LLPAUC, SoftmaxAtK, SoftmaxDPO, SupervisedFineTuning, TAWin
     from recsys.policy import LLMPolicy, Lora, TinyPolicy
+    from recsys.trained import TrainedRecommender
     from recsys.window import Window
 
 __version__ = version("recsys-tawin")
@@ -26,6 +27,7 @@ _MODULES = {
     "recsys.module": ("Recommender",),
     "recsys.objectives": ("GRPO", "LLPAUC", "SoftmaxAtK", "SoftmaxDPO", "SupervisedFineTuning", "TAWin"),
     "recsys.policy": ("LLMPolicy", "Lora", "TinyPolicy"),
+    "recsys.trained": ("TrainedRecommender",),
     "recsys.window": ("Window",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
@@ -49,6 +51,7 @@ __all__ = [
     "TAWin",
     "Table",
     "TinyPolicy",
+    "TrainedRecommender",
     "Window",
     "__version__",
     "group_advantages",

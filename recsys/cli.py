@@ -1,7 +1,8 @@
-"""The ``recsys`` command: ``fit``, ``validate``, ``test``, ``predict``, ``data`` and ``cost``, on LightningCLI."""
+"""The ``recsys`` command: ``fit``, ``validate``, ``test``, ``predict``, ``data`` and ``cost``, and more."""
 
 from __future__ import annotations
 
+import argparse
 import logging
 import shutil
 import signal
@@ -24,11 +25,13 @@ from recsys.data import HistoryDataModule, card_text, data_card
 from recsys.module import Recommender
 from recsys.parts import ReplaceParts, as_configs
 from recsys.runs import NO_LOGGER, RunLogger, check_writable, find_checkpoint, read_checkpoint, results_folder
+from recsys.trained import TrainedRecommender, load_checkpoint, settings_of
 from recsys.types import UserError
 
 DESCRIPTION = (
-    "Train and evaluate LLM recommenders on windowed partial AUC. `recsys configs` copies the shipped configs into the "
-    "folder `configs`."
+    "Train and evaluate LLM recommenders on windowed partial AUC. A checkpoint holds its settings, which --ckpt_path "
+    "without --config takes. `recsys recommend` shows what a checkpoint recommends after one history; "
+    "`recsys configs` copies the shipped configs into the folder `configs`."
 )
 
 
@@ -83,6 +86,10 @@ class SaveConfig(SaveConfigCallback):
             except RuntimeError as error:
                 raise UserError(f"logger.version: {trainer.log_dir} holds another run; leave it at null") from error
 
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Put it into the checkpoint too, which then is all that a user of the model needs."""
+        checkpoint["config"] = self.parser.dump(self.config, skip_none=False)
+
     def on_fit_start(self, trainer: pytorch.Trainer, pl_module: Recommender) -> None:  # type: ignore[override]
         """Log the model's and the data's settings, flattened, to every logger."""
         folder = results_folder(trainer)
@@ -134,12 +141,13 @@ class RecsysCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse with arguments that replace a part in the form of ``--config``, and find the checkpoint.
+        """Parse with arguments that replace a part in the form of ``--config``, after a checkpoint's own settings.
 
         Raises:
             UserError: if there is no such checkpoint, or it is none.
         """
-        self.config = parser.parse_args(as_configs(sys.argv[1:] if args is None else list(args)))
+        arguments = sys.argv[1:] if args is None else list(args)
+        self.config = parser.parse_args(as_configs([*arguments[:1], *_settings(arguments), *arguments[1:]]))
         given = self.config.get(self.config.get("subcommand") or "", {})
         path = given.get("ckpt_path")
         if path in ("last", "best"):
@@ -213,9 +221,11 @@ def main(args: list[str] | None = None) -> None:
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # a user's own classes; last, so that no file there hides a library
     try:
-        if (sys.argv[1:] if args is None else args) == ["configs"]:
-            copy_configs(Path("configs"))
-            return
+        given = sys.argv[1:] if args is None else args
+        if given == ["configs"]:
+            return copy_configs(Path("configs"))
+        if given[:1] == ["recommend"]:
+            return recommend(given[1:])
         command_line(args, save_config_callback=SaveConfig, parser_kwargs={"description": DESCRIPTION})
     except (UserError, ValueError) as error:
         mistake = error if isinstance(error, UserError) else error.__cause__
@@ -255,6 +265,42 @@ def copy_configs(folder: Path) -> None:
     with resources.as_file(resources.files("recsys_configs")) as shipped:
         shutil.copytree(shipped, folder, ignore=shutil.ignore_patterns("__pycache__", "*.py"))
     print(f"wrote {folder}")
+
+
+def recommend_parser() -> argparse.ArgumentParser:
+    """Return the arguments of ``recsys recommend``."""
+    parser = argparse.ArgumentParser(
+        "recsys recommend",
+        description="Print the best items after one history, without those in it. Further options change settings of "
+        "the run that made the checkpoint, such as --data=FILE.",
+    )
+    parser.add_argument("ckpt_path", help="checkpoint of a trained model: checkpoints/<name>/version_N/last.ckpt")
+    parser.add_argument("history", nargs="+", help="titles or ids of items, oldest first")
+    parser.add_argument("--k", type=int, default=10, help="how many items (default: 10)")
+    return parser
+
+
+def recommend(arguments: list[str]) -> None:
+    """Print what a trained model recommends after one history.
+
+    Raises:
+        UserError: Those of :class:`recsys.TrainedRecommender`.
+    """
+    given, options = recommend_parser().parse_known_args(arguments)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    recommender = TrainedRecommender.from_checkpoint(given.ckpt_path, *options)
+    frame = recommender.recommend({"history": given.history}, given.k)
+    print(frame[["rank", "logprob", "item_id", "title"]].to_string(index=False, float_format="{:.2f}".format))
+
+
+def _settings(given: list[str]) -> list[str]:
+    """Return the settings in the checkpoint that arguments name, if they name no config, as a ``--config``."""
+    names = [argument.partition("=")[0] for argument in given]
+    if "--ckpt_path" not in names[1:] or {"--config", "-c"} & set(names):
+        return []
+    place = names.index("--ckpt_path")
+    path = given[place].partition("=")[2] or "".join(given[place + 1 : place + 2])
+    return [] if path in ("last", "best") else [f"--config={settings_of(path, load_checkpoint(path))}"]
 
 
 def _hide_noise() -> None:

@@ -60,13 +60,7 @@ class RunCost:
     def __init__(self, trainer: Trainer, model: Recommender, data: HistoryDataModule) -> None:
         if trainer.max_epochs is None or trainer.max_epochs < 1:
             raise UserError("the cost of a run needs its end: set trainer.max_epochs")
-        model.trainer = trainer
-        trainer.datamodule = data  # type: ignore[attr-defined]
-        model.prepare_data()
-        data.tokenize(model.tokenizer)
-        model.setup("fit")
-        model.configure_model()
-        model.to(trainer.strategy.root_device)
+        model.prepare(trainer, data)
         self.trainer, self.model, self.data = trainer, model, data
         self.optimizer = model.configure_optimizers()
         found = (c for c in trainer.callbacks if isinstance(c, BeamNegatives))  # type: ignore[attr-defined]

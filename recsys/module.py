@@ -102,6 +102,16 @@ class Recommender(lightning.LightningModule):
         """The policy's tokenizer."""
         return self.policy.tokenizer
 
+    def prepare(self, trainer: lightning.pytorch.Trainer, data: HistoryDataModule) -> None:
+        """Do what a trainer does before its loops, for work outside of them."""
+        self.trainer = trainer
+        trainer.datamodule = data  # type: ignore[attr-defined]
+        self.prepare_data()
+        data.tokenize(self.tokenizer)
+        self.setup("predict")
+        self.configure_model()
+        self.to(trainer.strategy.root_device)
+
     def prepare_data(self) -> None:
         """Check the settings against each other, before data or weights are loaded.
 
