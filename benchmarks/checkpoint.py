@@ -17,11 +17,7 @@ def load(path: str, arguments: list[str]) -> tuple[Recommender, BeamNegatives]:
         arguments: Of the ``recsys`` command, the config among them.
     """
     cli = command_line(arguments, run=False, save_config_callback=None)
-    model, data, trainer = cli.model, cli.datamodule, cli.trainer
-    model.trainer, trainer.datamodule = trainer, data
-    model.prepare_data()
-    data.tokenize(model.tokenizer)
-    model.setup("fit")
-    model.configure_model()
+    model, trainer = cli.model, cli.trainer
+    model.prepare(trainer, cli.datamodule)
     model.load_state_dict(torch.load(path, weights_only=False)["state_dict"], strict=False)
     return model, next(c for c in trainer.callbacks if isinstance(c, BeamNegatives))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -159,19 +158,25 @@ class PredictionWriter(Callback):
                 pq.write_table(pa.Table.from_pandas(frame, schema_of(requests), preserve_index=False), partial)
 
     def on_predict_end(self, trainer: Trainer, pl_module: Recommender) -> None:  # type: ignore[override]
-        """Join the parts of all processes."""
+        """Join the parts of all processes.
+
+        Raises:
+            UserError: Some are not there, or the file cannot be written.
+        """
         trainer.strategy.barrier("predictions_written")
         if not trainer.is_global_zero:
             return
         requests, file = pl_module.data.requests, self.file(trainer)
-        lines = write(self._tables(trainer, requests), schema_of(requests), file)
-        shutil.rmtree(self._part(trainer, 0).parent)
+        parts = [self._part(trainer, part) for part in range(-(-len(requests) // PART))]
+        if missing := sum(not part.exists() for part in parts):
+            raise UserError(
+                f"{parts[0].parent} lacks {missing} of {len(parts)} parts: run the command again, on one file system "
+                "and without trainer.limit_predict_batches"
+            )
+        lines = write(map(pq.read_table, parts), schema_of(requests), file)
+        shutil.rmtree(parts[0].parent)
         fewer = ", some with fewer: no other item was allowed" if lines < len(requests) * self.k else ""
         print(f"wrote {file}: {lines:,} items in lists of {self.k} for {len(requests):,} histories{fewer}")
-
-    def _tables(self, trainer: Trainer, requests: Requests) -> Iterator[pa.Table]:
-        for part in range(-(-len(requests) // PART)):
-            yield pq.read_table(self._part(trainer, part))
 
 
 def _fingerprint(module: Recommender) -> dict[str, str]:

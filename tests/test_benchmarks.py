@@ -348,6 +348,23 @@ def test_baselines(benchmark_main, tables: dict[str, str], capsys: pytest.Captur
     assert models[3][5].split()[0] == f"{recall:.4f}"
 
 
+def test_beams(benchmark_main, tables: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """A beam as wide as the catalogue finds the exact lists, one of a single path does not."""
+    root = Path(__file__).parents[1]
+    monkeypatch.chdir(tmp_path)
+    config = [f"--config={root}/configs/debug.yaml", "--data.source=recsys.data.Table", "--model.window.k=3"]
+    config += [f"--data.source.init_args.{key}={tables[key]}" for key in ("interactions", "items", "cache_dir")]
+    config += ["--model.policy.init_args.hidden_size=32", "--trainer.limit_train_batches=1"]
+    cli_main(["fit", *config, "--trainer.enable_progress_bar=false", "--trainer.max_epochs=1"])
+    capsys.readouterr()
+    arguments = ["--ckpt_path", "checkpoints/debug/version_0/last.ckpt", "--users", "9", "--k", "3"]
+    monkeypatch.setattr(sys, "argv", ["beams.py", *arguments, "--beams", "3", "20", *config])
+    benchmark_main("beams")()
+    narrow, wide, exact = (line.split("|")[1:4] for line in capsys.readouterr().out.splitlines()[-3:])
+    assert wide[1:] == exact[1:] == [" 100.0% ", " 100.0% "]
+    assert 0 < float(narrow[1].strip(" %")) < 100
+
+
 def test_noise(benchmark_main, tables: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     """Halves of equal rows: no noise. The gradient of the policy loss raises WPAUC on its own rows."""
     root = Path(__file__).parents[1]

@@ -11,9 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from recsys.cli import main
+from recsys.cli import main, recommend_parser
 from tests.test_configs import CONFIGS, SMALL, folder  # noqa: F401 - a fixture
 
 ROOT = CONFIGS.parent
@@ -71,6 +72,9 @@ def workplace(folder: Path) -> Path:  # noqa: F811
     saved.parent.mkdir(parents=True)
     model = "{policy: recsys.policy.TinyPolicy, objective: recsys.objectives.TAWin}"
     saved.write_text(f"model: {model}\ndata: ../../../mydata.yaml\n")
+    checkpoint = folder / "checkpoints" / "small" / "version_0" / "last.ckpt"
+    checkpoint.parent.mkdir(parents=True)
+    torch.save({"state_dict": {}, "config": f"model: {model}\ndata: mydata.yaml\n"}, checkpoint)
     return folder
 
 
@@ -79,7 +83,9 @@ def test_commands_of_pages_parse(
     page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for words in commands_of(page):
-        if words[0] == "recsys":
+        if words[:2] == ["recsys", "recommend"]:  # docs/recommendations.md's runs in test_trained.py
+            assert not recommend_parser().parse_known_args(words[2:])[1]
+        elif words[0] == "recsys":
             if "--help" not in words and words[1] != "configs":
                 prints_its_config(words[1:], capsys)
         elif words[:1] == ["python"] and words[1].startswith("benchmarks/"):

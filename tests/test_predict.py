@@ -196,6 +196,14 @@ def test_a_prediction_that_only_lacks_its_end_is_joined(tables, tmp_path: Path, 
     assert len(Prediction(tables, tmp_path).run().frame) >= 30 * 7
 
 
+def test_a_prediction_that_was_cut_short_makes_no_file(tables, tmp_path: Path) -> None:
+    cut = Prediction(tables, tmp_path, {"eval_batch_size": 8})
+    cut.trainer.limit_predict_batches = 2
+    with pytest.raises(UserError, match="lacks 1 of 1 parts: run the command again"):
+        cut.run()
+    assert not cut.file.exists()
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_processes_share_the_parts_and_take_as_many_batches(world_size: int, tables, monkeypatch) -> None:
     monkeypatch.setattr("recsys.data.requests.PART", 8)
