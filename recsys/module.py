@@ -309,7 +309,7 @@ class Recommender(lightning.LightningModule):
         """Check the weights, which make every score NaN if they are not finite."""
         self.check_weights()
 
-    on_test_start = on_predict_start = on_validation_start
+    on_test_start = on_validation_start
 
     def on_validation_epoch_end(self) -> None:
         """Remember which step was validated."""
@@ -370,7 +370,8 @@ class Recommender(lightning.LightningModule):
         return ranking
 
     def on_predict_start(self) -> None:
-        """Look up which items may be recommended."""
+        """Refuse weights that are not finite, and look up which items may be recommended."""
+        self.check_weights()
         self._allowed = self.allowed(self.data.requests)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Ranking:
