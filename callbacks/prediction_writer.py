@@ -131,7 +131,6 @@ class PredictionWriter(Callback):
         trainer.strategy.barrier("prediction_settings")  # before any process has made it
         if trainer.is_global_zero:
             with whole(settings) as partial:
-                settings.parent.mkdir(parents=True, exist_ok=True)
                 partial.write_text(json.dumps(asked))
         trainer.strategy.barrier("prediction_parts")
 

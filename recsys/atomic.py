@@ -8,7 +8,8 @@ from __future__ import annotations
 import io
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Write one checkpoint to the disk, then put it in its place."""
         content = io.BytesIO()
         torch.save(checkpoint, content)  # first: a full disk raises an OSError in write, anything else in torch.save
-        replace_file(Path(path), content.getbuffer())
+        with replaced(Path(path)) as new:
+            new.write_bytes(content.getbuffer())
 
 
-def replace_file(path: Path, content: bytes | memoryview) -> None:
-    """Write a file to the disk, and put it in the place of ``path``."""
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Give a name to write a file under; then it goes to the disk, and into the place of ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(path.name + _NEW)
     try:
-        with new.open("wb") as file:
-            file.write(content)
+        yield new
+        with new.open("rb") as file:
             _flush(file.fileno())
         new.replace(path)
     except BaseException:

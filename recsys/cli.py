@@ -25,7 +25,7 @@ from recsys.data import HistoryDataModule, card_text, data_card
 from recsys.module import Recommender
 from recsys.parts import ReplaceParts, as_configs
 from recsys.runs import NO_LOGGER, RunLogger, check_writable, find_checkpoint, read_checkpoint, results_folder
-from recsys.trained import TrainedRecommender, load_checkpoint, settings_of
+from recsys.trained import TrainedRecommender, load_checkpoint, saved_config
 from recsys.types import UserError
 
 DESCRIPTION = (
@@ -300,7 +300,7 @@ def _settings(given: list[str]) -> list[str]:
         return []
     place = names.index("--ckpt_path")
     path = given[place].partition("=")[2] or "".join(given[place + 1 : place + 2])
-    return [] if path in ("last", "best") else [f"--config={settings_of(path, load_checkpoint(path))}"]
+    return [] if path in ("last", "best") else [f"--config={saved_config(path, load_checkpoint(path))}"]
 
 
 def _hide_noise() -> None:

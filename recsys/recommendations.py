@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from recsys.atomic import replaced
 from recsys.data import Catalog, Requests
 from recsys.search import Ranking
 from recsys.types import UserError
@@ -54,15 +54,14 @@ def schema_of(requests: Requests) -> pa.Schema:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Give another name to write under, and rename the file when it is whole.
+    """As :func:`recsys.atomic.replaced`.
 
     Raises:
-        UserError: if it cannot be written.
+        UserError: if the file cannot be written.
     """
-    partial = path.with_name(f"{path.name}.partial")
     try:
-        yield partial
-        os.replace(partial, path)
+        with replaced(path) as partial:
+            yield partial
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
 

@@ -47,7 +47,7 @@ class TrainedRecommender:
         from recsys.cli import command_line  # which imports this module
 
         checkpoint = load_checkpoint(str(path))
-        cli = command_line([f"--config={settings_of(str(path), checkpoint)}", *_OPTIONS, *options], run=False)
+        cli = command_line([f"--config={saved_config(str(path), checkpoint)}", *_OPTIONS, *options], run=False)
         recommender = cls(cli.trainer, cli.model, cli.datamodule)
         cli.model.on_load_checkpoint(checkpoint)
         cli.model.load_state_dict(checkpoint["state_dict"], strict=False)
@@ -93,7 +93,7 @@ def load_checkpoint(path: str) -> dict[str, Any]:
     return read_checkpoint(Path(path))
 
 
-def settings_of(path: str, checkpoint: dict[str, Any]) -> str:
+def saved_config(path: str, checkpoint: dict[str, Any]) -> str:
     """Return the settings of the run that made a checkpoint, as YAML.
 
     Raises:

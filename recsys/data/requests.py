@@ -16,7 +16,7 @@ from recsys.data.batches import plan_batches, to_batch
 from recsys.data.prompts import PromptEncoder, write_entries
 from recsys.data.sources import Columns, SourceData
 from recsys.data.sources.files import DataFile
-from recsys.data.sources.reading import ARROW_CACHE, read
+from recsys.data.sources.reading import TABLE_CACHE, read
 from recsys.types import Batch, UserError
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ class Requests:
         filters = getattr(data.source, "filters", None)
         rated = Columns.RATING in data.prompt.fields or (filters is not None and filters.min_rating is not None)
         names = getattr(data.source, "columns", {k: v for k, v in _NAMES.items() if k != Columns.RATING or rated})
-        log = read(DataFile(path), names, ARROW_CACHE)
+        log = read(DataFile(path), names, TABLE_CACHE)
         known = log[Columns.ITEM].isin(data.catalog.item_ids)
         users = log[Columns.USER].nunique()
         if not known.all():
@@ -245,7 +245,7 @@ def read_ids(path: str, column: str) -> list[str]:
     """
     file = Path(path).expanduser()
     if file.suffix != ".txt":
-        return read(DataFile(path), {Columns.ITEM: column}, ARROW_CACHE)[Columns.ITEM].dropna().unique().tolist()
+        return read(DataFile(path), {Columns.ITEM: column}, TABLE_CACHE)[Columns.ITEM].dropna().unique().tolist()
     try:
         ids = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock
 
+from recsys.atomic import replaced
 from recsys.data.sources.files import DataFile
 from recsys.types import UserError
 
@@ -63,7 +64,8 @@ class Conversion:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(self.path.with_suffix(".lock")):
                 if not self.exists():
-                    self._convert(self.path.with_suffix(".part"))
+                    with replaced(self.path) as part:
+                        self._convert(part)
         except OSError as error:
             raise UserError(
                 f"{self.file.path} cannot be converted into the cache folder {self.path.parent}: {error}; free some "
@@ -88,13 +90,9 @@ class Conversion:
             print(f"Converting {self.file.path} ({size / 1e6:,.0f} MB) ...", file=sys.stderr, flush=True)
         schema = self.file.schema(self.columns).with_metadata({_KEY: self._key})
         rows = 0
-        try:
-            with pq.ParquetWriter(part, schema, write_page_checksum=True) as writer:
-                for table in self.file.tables(self.columns):
-                    writer.write_table(table.cast(schema))
-                    rows += len(table)
-            if not rows:
-                raise UserError(f"{self.file.path}: has no rows")
-            part.replace(self.path)
-        finally:
-            part.unlink(missing_ok=True)
+        with pq.ParquetWriter(part, schema, write_page_checksum=True) as writer:
+            for table in self.file.tables(self.columns):
+                writer.write_table(table.cast(schema))
+                rows += len(table)
+        if not rows:
+            raise UserError(f"{self.file.path}: has no rows")
