@@ -81,17 +81,22 @@ class BeamNegatives(GroupSource):
 
         Not at the epoch's start: Lightning leaves that out when it resumes from behind the last batch of an epoch.
         """
-        stretches = self.due(trainer, pl_module, trainer.current_epoch, batch_idx)
+        stretches = self.due(trainer, pl_module, trainer.current_epoch, batch_idx, self.groups is None)
         if len(stretches):
             self.refresh(trainer, pl_module, stretches, batch_idx)
 
-    def due(self, trainer: Trainer, module: Recommender, epoch: int, batch_idx: int) -> np.ndarray:
-        """Return the stretches ``[S]`` whose rows are refreshed before a batch, none if it has its groups already."""
+    def due(
+        self, trainer: Trainer, module: Recommender, epoch: int, batch_idx: int, lacking: bool = False
+    ) -> np.ndarray:
+        """Return the stretches ``[S]`` whose rows are refreshed before a batch, none if it has its groups already.
+
+        ``lacking`` tells that it has none, whatever the batch: a resumed run may have had to drop them.
+        """
         phase, data = module.phase_at(epoch), module.data
         epoch -= phase.start
         every = (self.every_n_steps or 0) * trainer.accumulate_grad_batches
         done = batch_idx % every if every else batch_idx or epoch % self.every_n_epochs
-        if phase.supervised or (done and self.groups is not None):
+        if phase.supervised or (done and not lacking):
             return np.empty(0, dtype=np.int64)
         if every:
             coming = slice(batch_idx, batch_idx - batch_idx % every + every)

@@ -102,7 +102,7 @@ class RunCost:
             work.batches += batches
             each = len(batches) // self.processes
             work.steps += -(-each // trainer.accumulate_grad_batches)
-            if (epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0:
+            if (epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0 or epoch + 1 == trainer.max_epochs:
                 self.work["validation"].batches += validation
             for batch in range(each):
                 due = self.negatives.due(trainer, self.model, epoch, batch)
