@@ -99,7 +99,8 @@ class SaveConfig(SaveConfigCallback):
         flat = _flatten({k: settings[k] for k in ("model", "data", "negatives", "seed_everything") if k in settings})
         for logger in trainer.loggers:
             logger.log_hyperparams(flat)
-            if isinstance(logger, TensorBoardLogger):  # names the metrics of the HParams tab without logging values
+            # Names the metrics of the HParams tab without logging values; one process alone writes events.
+            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                 for summary in hparams(flat, {"val/wpauc": 0, f"val/recall@{pl_module.dial.window.k}": 0}):
                     logger.experiment.file_writer.add_summary(summary)
 

@@ -62,6 +62,15 @@ def test_shipped_configs_parse_as_they_are(name: str, capsys: pytest.CaptureFixt
     assert (ROOT / "configs" / name).read_text().startswith("#"), "a config says what it is for"
 
 
+def test_two_processes_train_and_one_of_them_has_no_row_to_find_negatives_for(small: list[str], tmp_path: Path) -> None:
+    """A single stretch: the second process searches, and scores under the reference, for no row at all."""
+    processes = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_epochs=3", "--data.policy_stretches=1"]
+    command = [sys.executable, "-m", "recsys.cli", "fit", config("debug.yaml"), *small, *processes]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "wpauc: TAWin - warm start" in done.stdout
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_shipped_configs_run(name: str, small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["fit", config(name), *small])
