@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from recsys.agreement import check_agreement
 from recsys.allowed import Allowed
 from recsys.data import HistoryDataModule, Requests
 from recsys.engine import TreeEngine
@@ -192,7 +193,8 @@ class Recommender(lightning.LightningModule):
         """Load the weights on the trainer's device, and put the catalogue's trie beside them.
 
         Raises:
-            UserError: if a prompt with the longest title does not fit the model's context.
+            UserError: if a prompt with the longest title does not fit the model's context, or the engine cannot run the
+                model.
         """
         device = self.trainer.strategy.root_device
         self.policy.build(device)
@@ -204,6 +206,7 @@ class Recommender(lightning.LightningModule):
                 f"{context}: lower max_tokens"
             )
         self.engine = TreeEngine(self.policy, self._trie.to(device), self.normalization)
+        check_agreement(self.engine, self.data.longest_prompt())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW over the trained weights; :meth:`on_train_batch_start` sets its learning rate."""

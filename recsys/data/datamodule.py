@@ -199,6 +199,14 @@ class HistoryDataModule(LightningDataModule):
         count = min(count or len(rows), len(rows))
         return rows[np.arange(count) * len(rows) // count]
 
+    def longest_prompt(self) -> list[int]:
+        """Tokens of the longest prompt of any row."""
+        histories = self.histories
+        rows = np.concatenate([histories.train, histories.val, histories.test])
+        row = rows[self.encoder.lengths(histories, rows).argmax()]
+        past = histories.past(row, self.encoder.max_history)
+        return self.encoder.encode(histories.items[past], histories.entry[past]).tokens
+
     def dataset(self, plan: list[np.ndarray], warm_start: bool | None) -> BatchDataset:
         """Batches of a plan, for training in the warm start or behind it; None for evaluation."""
         trained = None
