@@ -21,7 +21,7 @@ from recsys.evaluation import Evaluation, logged_names
 from recsys.fingerprint import check_fingerprint, fingerprint, report_changes, settings_of
 from recsys.groups import Groups, GroupSource
 from recsys.logprobs import Normalization
-from recsys.objectives import GroupObjective, Objective, SupervisedFineTuning
+from recsys.objectives import Counts, GroupObjective, Objective, SupervisedFineTuning
 from recsys.phase import Phase
 from recsys.policy import Policy
 from recsys.runs import check_checkpoint
@@ -262,14 +262,29 @@ class Recommender(lightning.LightningModule):
         """
         phase = self.phase_at(self.current_epoch)
         progress = phase.progress(self._place(batch_idx)) or 0.0
-        parts = phase.objective.step(self.engine, batch, self.groups, self.dial.window, progress)
+        counts, share = self._counts(batch_idx)
+        parts = phase.objective.step(self.engine, batch, self.groups, self.dial.window, progress, counts)
         if not bool(parts["loss"].isfinite()):
             raise UserError(self._not_finite(parts["loss"], batch))
         self.log_dict({f"train/{name}": value.detach() for name, value in parts.items()}, batch_size=len(batch))
         before, self._clock = self._clock, (time.perf_counter(), self.engine.token_rows)
         self.log("train/tokens_per_second", (self._clock[1] - before[1]) / (self._clock[0] - before[0]))
         self.log("train/token_rows", float(self.engine.token_rows))  # of this process, searches included
-        return parts["loss"]
+        return parts["loss"] / share
+
+    def _counts(self, batch_idx: int) -> tuple[Counts, float]:
+        """Return the mean counts of the batches, of all processes, that the optimiser's step takes; and their share.
+
+        Lightning divides each loss by ``accumulate_grad_batches``, also where the epoch ends before there are so many:
+        the share of those that there are.
+        """
+        every = self.trainer.accumulate_grad_batches
+        first = batch_idx - batch_idx % every
+        dataset: Any = self.trainer.train_dataloader.dataset  # type: ignore[union-attr]
+        counts = dataset.counts[first : min(first + every, int(self.trainer.num_training_batches))]
+        mean = torch.tensor(counts.mean(0), dtype=torch.float32, device=self.device)
+        titles, rows = self.trainer.strategy.reduce(mean, reduce_op="mean")
+        return Counts(titles, rows), len(counts) / every
 
     def _not_finite(self, loss: Tensor, batch: Batch) -> str:
         """Save a batch, and return what to say of it; that the batch cannot be saved must not hide the rest."""

@@ -3,7 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recsys.data import plan_batches
+from recsys.data import HistoryDataModule, PromptTemplate, Table, plan_batches
+from recsys.policy import byte_tokenizer
 from recsys.types import Batch
 
 
@@ -60,3 +61,15 @@ def test_part_of_a_batch_keeps_its_rows_and_drops_their_common_padding():
         assert torch.equal(part.start, titles[1:] + 1)
         assert torch.equal(part.event, titles[1:] + 2)
     assert batch.tokens.shape == (3, 5)
+
+
+def test_counts_of_a_plan_are_those_of_its_batches(tables):
+    for max_tokens in (40, 128):  # titles that do not fit are in no prompt
+        prompt = PromptTemplate("Seen:\n{history}", max_history=6, max_tokens=max_tokens)
+        data = HistoryDataModule(Table(**tables), prompt, batch_size=5)
+        data.tokenize(byte_tokenizer())
+        for warm_start in (True, False):
+            dataset = data.dataset(data.plan(1, warm_start), warm_start)
+            batches = [dataset[i] for i in range(len(dataset))]
+            counts = [[int((batch.titles >= 0).sum()), int((batch.event >= 0).sum())] for batch in batches]
+            assert dataset.counts.tolist() == counts

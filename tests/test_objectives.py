@@ -10,7 +10,16 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from recsys.objectives import GRPO, LLPAUC, GroupObjective, ScoredGroups, SoftmaxAtK, SoftmaxDPO, TAWin
+from recsys.objectives import (
+    GRPO,
+    LLPAUC,
+    GroupObjective,
+    ScoredGroups,
+    SoftmaxAtK,
+    SoftmaxDPO,
+    SupervisedFineTuning,
+    TAWin,
+)
 from recsys.tree import Places
 from recsys.types import Batch, UserError
 from recsys.window import ResolvedWindow, Window
@@ -331,3 +340,46 @@ def test_softmax_at_k_takes_the_kth_best_score_of_the_last_search(tables, tmp_pa
                     weight = 1 / (1 + math.exp(sorted(every)[-4] - every[item]))
                     losses.append(-weight * every[item])
     assert parts["loss"].item() == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+
+
+class Gradients(Callback):
+    """Writes the gradient of each optimiser step to a file."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
+        if trainer.is_global_zero:
+            gradients = {name: p.grad.clone() for name, p in module.policy.trainable().items()}
+            torch.save(gradients, self.folder / f"{trainer.global_step}.pt")
+
+
+def step_gradients(tables, folder: Path, **settings) -> list[dict[str, Tensor]]:
+    """The gradients of a supervised step and of two on groups, all with a learning rate of 0."""
+    folder.mkdir()
+    data, trainer = {"warm_start_stretches": 7, "policy_stretches": 7, **settings.pop("data")}, settings
+    model = {
+        "objective": GRPO(learning_rate=0.0, anchor_coef=0.3, train_missed=False),
+        "warm_start": SupervisedFineTuning(learning_rate=0.0),
+    }
+    callbacks = [Gradients(folder)]
+    Run(tables, folder, model=model, data=data, max_epochs=3, callbacks=callbacks, **trainer).fit()
+    return [torch.load(folder / f"{step}.pt") for step in range(3)]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"data": {"batch_size": 2}, "accumulate_grad_batches": 4},
+        {"data": {"batch_size": 2}, "accumulate_grad_batches": 6},  # the epoch ends before there are so many
+        {"data": {"batch_size": 2}, "accumulate_grad_batches": 2, "strategy": "ddp_spawn", "devices": 2},
+    ],
+)
+def test_a_step_in_parts_has_the_gradient_of_one_batch(tables, tmp_path: Path, settings) -> None:
+    """Whatever the stretches of a part hold: each title and each row weighs the same."""
+    whole = step_gradients(tables, tmp_path / "whole", data={"batch_size": 7})
+    parts = step_gradients(tables, tmp_path / "parts", **settings)
+    for expected, found in zip(whole, parts, strict=True):
+        assert any(bool(gradient.any()) for gradient in expected.values())
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4)

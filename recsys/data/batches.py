@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -97,6 +98,16 @@ class BatchDataset(Dataset[Batch]):
         ]
         trained = [self._events(event, len(p.titles)) for event, p in zip(events, prompts, strict=True)]
         return to_batch(np.maximum(rows, -1), prompts, trained, targets)
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """Titles, and rows to train on, in each batch of a training plan: [batches, 2] int64."""
+        assert self.trained is not None
+        rows = np.concatenate(self.plan)
+        first = self.encoder.first(self.histories, rows)
+        before = np.concatenate([[0], np.cumsum(self.trained)])  # [E + 1] rows to train on before event
+        counts = np.stack([rows + 1 - first, before[rows + 1] - before[first + 1]], 1)
+        return np.add.reduceat(counts, np.cumsum([0, *map(len, self.plan[:-1])]))
 
     def _events(self, row: int, titles: int) -> list[int]:
         """Return the event of each title of a prompt that ends with a row; -1 where it is no row or shows no history.

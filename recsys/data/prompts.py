@@ -295,9 +295,20 @@ class PromptEncoder:
         Returns:
             [R] int64.
         """
-        before = np.concatenate([[0], np.cumsum(self._entry_lengths(items, entry))])  # [E + 1] tokens of all entries
-        start = np.maximum(start, np.searchsorted(before, before[end] - self._budget))
+        before, start = self._fitting(items, entry, start, end)
         return len(self._head) + before[end] - before[start] + len(self._tail)
+
+    def first(self, histories: Histories, rows: np.ndarray) -> np.ndarray:
+        """Return the first event in the prompt of each of ``rows [R]``, the row itself if its history is empty."""
+        start = histories.history_start(rows, self.max_history)
+        return self._fitting(histories.items, histories.entry, start, rows)[1]
+
+    def _fitting(
+        self, items: np.ndarray, entry: np.ndarray, start: np.ndarray, end: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the tokens ``[E + 1]`` of all entries before each event, and the first event ``[R]`` that fits."""
+        before = np.concatenate([[0], np.cumsum(self._entry_lengths(items, entry))])
+        return before, np.maximum(start, np.searchsorted(before, before[end] - self._budget))
 
     def _entry_lengths(self, items: np.ndarray, entry: np.ndarray) -> np.ndarray:
         return self.item_lengths[items] + self._around_lengths[entry]

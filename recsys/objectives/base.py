@@ -14,6 +14,23 @@ from recsys.types import Batch, UserError
 from recsys.window import Reach, ResolvedWindow
 
 
+@dataclass
+class Counts:
+    """What the means of a loss are over, so that each title and each row of an optimiser step weighs the same.
+
+    Where a step takes several batches, one after another or in several processes, these are the means of its batches'
+    counts: the mean of their losses is then that of one batch that holds them all.
+    """
+
+    titles: Tensor
+    rows: Tensor
+
+    @classmethod
+    def of(cls, batch: Batch) -> Counts:
+        """Return those of a batch that is a step of its own."""
+        return cls((batch.titles >= 0).sum(), (batch.event >= 0).sum())
+
+
 class Objective:
     """Base of all objectives.
 
@@ -27,7 +44,13 @@ class Objective:
         self.learning_rate = learning_rate
 
     def step(
-        self, engine: TreeEngine, batch: Batch, groups: Groups | None, window: ResolvedWindow, progress: float = 0.0
+        self,
+        engine: TreeEngine,
+        batch: Batch,
+        groups: Groups | None,
+        window: ResolvedWindow,
+        progress: float = 0.0,
+        counts: Counts | None = None,
     ) -> dict[str, Tensor]:
         """Score a batch with gradients.
 
@@ -37,6 +60,7 @@ class Objective:
             groups: Of the batch's rows; None in a supervised phase.
             window: The window of WPAUC.
             progress: Share of the phase that is done, in [0, 1].
+            counts: What the means are over; null is the batch.
 
         Returns:
             The ``loss``, and under other names what is to be logged, scalars all.
@@ -71,11 +95,18 @@ class SupervisedFineTuning(Objective):
         super().__init__(learning_rate)
 
     def step(
-        self, engine: TreeEngine, batch: Batch, groups: Groups | None, window: ResolvedWindow, progress: float = 0.0
+        self,
+        engine: TreeEngine,
+        batch: Batch,
+        groups: Groups | None,
+        window: ResolvedWindow,
+        progress: float = 0.0,
+        counts: Counts | None = None,
     ) -> dict[str, Tensor]:
         """Return the mean negative log-likelihood per title."""
         hidden = engine.hidden(batch.tokens)
-        return {"loss": _mean_nll(batch, engine.head.title_logprobs(hidden, batch.titles, batch.start))}
+        logprobs = engine.head.title_logprobs(hidden, batch.titles, batch.start)  # 0 where there is no title
+        return {"loss": -logprobs.sum() / (counts or Counts.of(batch)).titles}
 
 
 @dataclass
@@ -147,7 +178,13 @@ class GroupObjective(Objective):
         raise NotImplementedError
 
     def step(
-        self, engine: TreeEngine, batch: Batch, groups: Groups | None, window: ResolvedWindow, progress: float = 0.0
+        self,
+        engine: TreeEngine,
+        batch: Batch,
+        groups: Groups | None,
+        window: ResolvedWindow,
+        progress: float = 0.0,
+        counts: Counts | None = None,
     ) -> dict[str, Tensor]:
         """Return means over the rows of the batch, to which one without a group adds nothing, and the anchor.
 
@@ -156,7 +193,7 @@ class GroupObjective(Objective):
         """
         assert groups is not None  # Recommender made sure of a GroupSource
         anchor = self.anchor_coef + progress * (self.anchor_end - self.anchor_coef)
-        rows = (batch.event >= 0).sum()
+        counts = counts or Counts.of(batch)
         index, grouped = groups.find(batch.event)
         grouped &= batch.event >= 0
         if not anchor:
@@ -170,19 +207,14 @@ class GroupObjective(Objective):
         scores = torch.cat([titles[at][:, None], negatives], 1)
         reference = None if groups.ref_logprobs is None else groups.ref_logprobs[index]
         parts = self.loss(ScoredGroups(scores, groups.old_logprobs[index], reference, window))
-        means = {name: value.sum() / rows for name, value in parts.items()}
+        means = {name: value.sum() / counts.rows for name, value in parts.items()}
         if anchor:
-            means["anchor"] = _mean_nll(batch, titles)
+            means["anchor"] = -titles.sum() / counts.titles
             means["loss"] = means["loss"] + anchor * means["anchor"]
-        return {**means, "groups": len(index) / rows}
+        return {**means, "groups": len(index) / counts.rows}
 
 
 def _at_least_one(rows: Tensor) -> Tensor:
     """Return ``rows [B]`` bool, or the first row if there is none."""
     first = torch.arange(len(rows), device=rows.device) == 0
     return rows | (first & ~rows.any())
-
-
-def _mean_nll(batch: Batch, logprobs: Tensor) -> Tensor:
-    """Return the mean negative log-likelihood per title from ``logprobs [B, C]``, 0 where there is none."""
-    return -logprobs.sum() / (batch.titles >= 0).sum()
