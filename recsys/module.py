@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -74,6 +75,11 @@ class Recommender(lightning.LightningModule):
             raise UserError(f"model.warm_start_epochs must be at least 0, but it is {warm_start_epochs}")
         if warm_start_epochs and warm_start is None:
             raise UserError("model.warm_start_epochs is above 0: give model.warm_start too")
+        for name, phase in (("objective", objective), ("warm_start", warm_start)):
+            if phase is not None and not 0 <= phase.learning_rate < math.inf:
+                raise UserError(
+                    f"model.{name}: learning_rate must be at least 0 and finite, but it is {phase.learning_rate:g}"
+                )
         if not 0 <= lr_warmup <= 1:
             raise UserError(f"model.lr_warmup is a share of a phase, from 0 to 1, but it is {lr_warmup:g}")
         self.policy = policy

@@ -41,8 +41,8 @@ class Window:
         if self.alpha is None and self.d is None:
             if self.k is not None and self.k < 1:
                 raise UserError(f"model.window.k must be at least 1, but it is {self.k}")
-            if self.half_width is not None and not self.half_width > 0:
-                raise UserError(f"model.window.half_width must be above 0, but it is {self.half_width:g}")
+            if self.half_width is not None and not 0 < self.half_width < math.inf:
+                raise UserError(f"model.window.half_width must be above 0 and finite, but it is {self.half_width:g}")
         elif given != ["alpha", "d"]:
             raise UserError(
                 f"model.window has {' and '.join(given)}: give k (and perhaps half_width), or alpha and d, and set the "
@@ -143,6 +143,8 @@ class DialSettings:
         Raises:
             UserError: naming both options and a value that fits.
         """
+        if self.cutoffs == ():
+            raise UserError("model.cutoffs is empty: name a cut-off, or set it to null")
         for k in self.cutoffs or ():
             if k < 1:
                 raise UserError(f"model.cutoffs must be at least 1, but one is {k}")

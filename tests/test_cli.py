@@ -232,6 +232,37 @@ def test_contradictions_are_refused_before_data_or_model_are_touched(
         assert re.search(message, lines_of_failure(["fit", config("debug.yaml"), *small, *overrides], capsys))
 
 
+POLICY, OBJECTIVE = "--model.policy.init_args.", "--model.objective.init_args."
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *(f"{OBJECTIVE}learning_rate={value}" for value in ("-1", ".nan", ".inf")),
+        *(f"--model.warm_start.init_args.learning_rate={value}" for value in ("-1", ".nan", ".inf")),
+        *(f"{OBJECTIVE}{name}={value}" for name in ("kl_coef", "anchor_coef") for value in ("-1", ".nan", ".inf")),
+        *(f"{OBJECTIVE}{name}={value}" for name in ("clip_eps", "temperature") for value in ("0", ".nan", ".inf")),
+        *(f"{POLICY}{name}=0" for name in ("hidden_size", "layers", "heads")),
+        f"{POLICY}hidden_size=33",
+        *(f"{POLICY}lora={value}" for value in ("{r: 0}", "{alpha: -1}", "{target_modules: []}")),
+        *(f"--model.window.half_width={value}" for value in ("0", ".nan", ".inf")),
+        *(f"--model.lr_warmup={value}" for value in ("-1", ".nan", ".inf")),
+        "--model.warm_start_epochs=-1",
+        "--model.cutoffs=[]",
+        "--model.cutoffs=[0]",
+        "--model.num_beams=0",
+        *(f"--negatives.{name}=0" for name in ("count", "every_n_epochs", "every_n_steps", "batch_size")),
+    ],
+)
+def test_a_senseless_number_is_refused_before_data_or_model_are_touched(
+    override: str, small: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recsys.data.HistoryDataModule.load", None)
+    monkeypatch.setattr("recsys.policy.TinyPolicy.load", None)
+    name = override.split("=")[0].rsplit(".", 1)[1]
+    assert name in lines_of_failure(["fit", config("debug.yaml"), *small, override], capsys)
+
+
 def test_an_unknown_item_is_named_with_its_file_and_row(
     small: list[str], tables: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -131,9 +131,11 @@ def test_the_sigmoid_gate_has_the_temperature_that_was_given() -> None:
         (SoftmaxAtK, "temperature"),
     ],
 )
-@pytest.mark.parametrize("value", [0.0, -1.0])
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
 def test_a_scale_that_is_not_positive_is_refused_before_anything_starts(objective, key: str, value: float) -> None:
-    with pytest.raises(UserError, match=f"model.objective: {key} must be greater than 0, but it is {value:g}"):
+    with pytest.raises(
+        UserError, match=f"model.objective: {key} must be greater than 0 and finite, but it is {value:g}"
+    ):
         objective(**{key: value})
 
 

@@ -171,6 +171,12 @@ def test_wrong_names_are_refused_before_any_weight_is_loaded(tmp_path: Path, mon
         _ = LLMPolicy("no/such-model", adapter=str(tmp_path)).tokenizer
 
 
+@pytest.mark.parametrize("target", ["nothing", ["q_proj", "nothing"]])
+def test_an_adapter_for_layers_that_the_model_lacks_is_refused(target: str | list[str]) -> None:
+    with pytest.raises(UserError, match=r"has 'nothing', but the model's layers are .*q_proj"):
+        TinyPolicy(hidden_size=32, lora=Lora(target_modules=target)).build(CPU)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_cuda(local_model: str) -> None:

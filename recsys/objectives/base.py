@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -69,16 +70,16 @@ class Objective:
 
     @staticmethod
     def _positive(name: str, value: float) -> float:
-        """Return ``value``; raise a UserError unless it is above 0."""
-        if not value > 0:
-            raise UserError(f"model.objective: {name} must be greater than 0, but it is {value:g}")
+        """Return ``value``; raise a UserError unless it is above 0 and finite."""
+        if not 0 < value < math.inf:
+            raise UserError(f"model.objective: {name} must be greater than 0 and finite, but it is {value:g}")
         return value
 
     @staticmethod
     def _not_negative(name: str, value: float) -> float:
-        """Return ``value``; raise a UserError if it is below 0."""
-        if not value >= 0:
-            raise UserError(f"model.objective: {name} must be at least 0, but it is {value:g}")
+        """Return ``value``; raise a UserError unless it is at least 0 and finite."""
+        if not 0 <= value < math.inf:
+            raise UserError(f"model.objective: {name} must be at least 0 and finite, but it is {value:g}")
         return value
 
 

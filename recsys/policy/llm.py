@@ -52,6 +52,7 @@ class LLMPolicy(Policy):
         cache_dir: str = CACHE_DIR,
     ) -> None:
         super().__init__()
+        lora.check()
         self.source = model
         self.quantization = quantization
         self.dtype = dtype

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from recsys.types import UserError
 
 
@@ -22,6 +24,14 @@ class Lora:
     alpha: int = 32
     target_modules: str | list[str] = "all-linear"
 
+    def check(self) -> None:
+        """Raise a UserError if a number or the list of modules makes no sense."""
+        for name in ("r", "alpha"):
+            if (value := getattr(self, name)) < 1:
+                raise UserError(f"model.policy: lora.{name} must be at least 1, but it is {value}")
+        if not self.target_modules:
+            raise UserError("model.policy: lora.target_modules is empty: name modules, or set it to all-linear")
+
 
 def add_adapter(base: Any, lora: Lora) -> Any:
     """Return ``base`` as a PeftModel with a new adapter, its weights in float32."""
@@ -33,7 +43,20 @@ def add_adapter(base: Any, lora: Lora) -> Any:
         target_modules=lora.target_modules,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(base, config)
+    names = [name for name, _ in base.named_modules()]
+    for target in [lora.target_modules] if isinstance(lora.target_modules, str) else lora.target_modules:
+        # PEFT ignores a name that no module has, if another is found.
+        if target != "all-linear" and not any(f".{name}".endswith(f".{target}") for name in names):
+            known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name, m in base.named_modules() if _adaptable(m)}))
+            raise UserError(f"model.policy: lora.target_modules has {target!r}, but the model's layers are {known}")
+    try:
+        return get_peft_model(base, config)
+    except ValueError as error:
+        raise UserError(f"model.policy: lora.target_modules: {str(error).splitlines()[0]}") from error
+
+
+def _adaptable(module: nn.Module) -> bool:
+    return "Linear" in type(module).__name__ or "Conv1D" in type(module).__name__
 
 
 def check_adapter(model: Any, folder: str) -> None:

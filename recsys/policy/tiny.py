@@ -11,13 +11,14 @@ from recsys.paths import NameOrFolder
 from recsys.policy.base import Policy
 from recsys.policy.llm import LLMPolicy
 from recsys.policy.lora import Lora, add_adapter
+from recsys.types import UserError
 
 
 class TinyPolicy(Policy):
     """A small Llama with random weights, every weight trained: for tests and for experiments on a CPU.
 
     Args:
-        hidden_size: H; a multiple of 16 times ``heads``.
+        hidden_size: H; a multiple of twice ``heads``.
         layers: Number of decoder layers.
         heads: Number of attention heads.
         seed: Of the random weights, apart from the run's own seed.
@@ -35,6 +36,15 @@ class TinyPolicy(Policy):
         tokenizer: NameOrFolder | None = None,
     ) -> None:
         super().__init__()
+        for name, value in {"hidden_size": hidden_size, "layers": layers, "heads": heads}.items():
+            if value < 1:
+                raise UserError(f"model.policy: {name} must be at least 1, but it is {value}")
+        if hidden_size % (2 * heads):
+            raise UserError(
+                f"model.policy: hidden_size must be a multiple of twice heads, {2 * heads}, but it is {hidden_size}"
+            )
+        if lora is not None:
+            lora.check()
         self.name = f"tiny-llama-{hidden_size}x{layers}-seed{seed}"
         self.tokenizer_of = tokenizer
         self.hidden_size = hidden_size
