@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from recsys.engine import TreeEngine
+from recsys.logprobs import check_vocabulary
 from recsys.tree import Places
 from recsys.trie import Trie
 from recsys.types import UserError
@@ -33,12 +34,7 @@ def check_agreement(engine: TreeEngine, prompt: list[int]) -> None:
     """
     policy = engine.policy
     tokens = torch.tensor([prompt], device=engine.trie.tokens.device)
-    known = policy.causal_lm.get_input_embeddings().weight.shape[0]
-    if (most := max(int(tokens.max()), int(engine.trie.tokens.max()))) >= known:
-        raise UserError(
-            f"{policy.name}: its tokenizer has a token {most}, but the model knows {known:,}: the tokenizer is not the "
-            "model's"
-        )
+    check_vocabulary(policy, tokens)
     try:
         capped, full, searched, updated, unreached = _compared(engine, tokens)
     except torch.OutOfMemoryError:

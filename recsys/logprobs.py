@@ -18,10 +18,21 @@ from torch.utils.checkpoint import checkpoint
 from recsys.policy import Policy
 from recsys.tree import TokenTree
 from recsys.trie import Trie
+from recsys.types import UserError
 
 Normalization = Literal["trie", "vocab"]
 
 MAX_LOGITS = 2**25  # float32 logits that the output head computes at once: 128 MiB
+
+
+def check_vocabulary(policy: Policy, tokens: Tensor) -> None:
+    """Raise a UserError if a token of a title or a prompt is none of the model's."""
+    known = min(len(policy.head.weight), policy.causal_lm.get_input_embeddings().weight.shape[0])
+    if (most := int(tokens.max())) >= known:
+        raise UserError(
+            f"{policy.name}: its tokenizer has a token {most}, but the model knows {known:,}: the tokenizer is not the "
+            "model's"
+        )
 
 
 class TrieHead:
@@ -37,6 +48,7 @@ class TrieHead:
         self.policy = policy
         self.trie = trie
         self.normalization = normalization
+        check_vocabulary(policy, trie.tokens)
         if normalization == "trie":  # the head is needed only for tokens that compete somewhere
             degree = trie.offsets.diff()
             competes = degree.repeat_interleave(degree) > 1  # of nodes 1 .. n - 1, by their parent

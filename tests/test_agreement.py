@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from recsys.agreement import check_agreement
 from recsys.engine import TreeEngine
@@ -170,3 +170,82 @@ def test_a_run_is_checked_on_its_longest_prompt(tables, tmp_path: Path) -> None:
     run = Run(tables, tmp_path, policy=LLMPolicy(str(folder), "none", "float32"))
     with pytest.raises(UserError, match=f"behind a prompt of {longest} tokens"):
         run.fit()
+
+
+# ---- folders that do not hold what they should -----------------------------------------------------------------------
+
+
+def saved(folder: Path, kind: str = "Llama", model: str = "AutoModelForCausalLM", **options: Any) -> LLMPolicy:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**{**SIZE, **options})
+    getattr(transformers, model).from_config(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return LLMPolicy(str(folder), "none", "float32")
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def more_tokens(folder: Path) -> None:
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"vocab_size": 257', '"vocab_size": 300'))
+
+
+def without_a_layer(folder: Path) -> None:
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
+
+
+@pytest.mark.parametrize(
+    ("options", "spoil", "message"),
+    [
+        ({}, lambda folder: cut(folder / "model.safetensors"), "cannot load .* as a causal language model"),
+        ({}, lambda folder: (folder / "model.safetensors").unlink(), "cannot load .* as a causal language model"),
+        ({}, more_tokens, "cannot load|do not fit its config"),
+        ({}, without_a_layer, "do not fit its config: 9 are missing"),
+        ({"vocab_size": 200}, None, "its tokenizer has a token 256, but the model knows 200"),
+        ({"kind": "T5", "model": "AutoModelForSeq2SeqLM", "d_model": 32}, None, "as a causal language model: Unrec"),
+    ],
+)
+def test_a_model_folder_that_does_not_fit_is_refused(tmp_path: Path, options, spoil, message: str) -> None:
+    policy = saved(tmp_path, **options)
+    if spoil is not None:
+        spoil(tmp_path)
+    with pytest.raises(UserError, match=message) as refused:
+        check(policy)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: cut(folder / "adapter_model.safetensors"), "policy.adapter: cannot put"),
+        (lambda folder: (folder / "adapter_model.safetensors").unlink(), "policy.adapter: cannot put"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{"), "is not the config of an adapter"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{}"), "is not the config of an adapter"),
+    ],
+)
+def test_a_spoilt_adapter_is_refused(tmp_path: Path, spoil, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    policy = saved(tmp_path / "base")
+    policy.build(CPU)
+    policy.save_adapter(tmp_path / "adapter")
+    spoil(tmp_path / "adapter")
+    again = LLMPolicy(policy.source, "none", "float32", adapter=str(tmp_path / "adapter"))
+    with pytest.raises(UserError, match=message) as refused:
+        (again.tokenizer, again.build(CPU))
+    assert "\n" not in str(refused.value)
+
+
+def test_an_adapter_of_another_model_or_of_prompts_is_refused(tmp_path: Path) -> None:
+    other, base = saved(tmp_path / "other", hidden_size=64), saved(tmp_path / "base")
+    other.build(CPU)
+    other.save_adapter(tmp_path / "adapter")
+    foreign = LLMPolicy(base.source, "none", "float32", adapter=str(tmp_path / "adapter"))
+    with pytest.raises(UserError, match=r"policy\.adapter: cannot put"):
+        foreign.build(CPU)
+    prompts = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    get_peft_model(random_model("Llama", **SIZE), prompts).save_pretrained(tmp_path / "prompts")
+    with pytest.raises(UserError, match="holds PROMPT_TUNING, which the engine would not run"):
+        _ = LLMPolicy(base.source, adapter=str(tmp_path / "prompts")).tokenizer

@@ -6,6 +6,8 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +18,7 @@ from torch import nn
 from recsys.assets import CACHE_DIR, SMOLLM2, fetch
 from recsys.paths import InputPath, NameOrFolder
 from recsys.policy.base import Policy
-from recsys.policy.lora import Lora, add_adapter, check_adapter
+from recsys.policy.lora import Lora, add_adapter, check_adapter, check_adapter_config
 from recsys.types import UserError
 
 log = logging.getLogger(__name__)
@@ -77,8 +79,8 @@ class LLMPolicy(Policy):
         """The model's own tokenizer."""
         from transformers import AutoTokenizer
 
-        if self.adapter is not None and not (Path(self.adapter) / "adapter_config.json").is_file():
-            raise UserError(f"policy.adapter: no adapter_config.json in {self.adapter}; give a folder saved by PEFT")
+        if self.adapter is not None:
+            check_adapter_config(self.adapter)
         try:
             return AutoTokenizer.from_pretrained(self.folder)
         except (OSError, ValueError) as error:
@@ -98,8 +100,9 @@ class LLMPolicy(Policy):
             base.gradient_checkpointing_enable({"use_reentrant": False})
         if self.adapter is None:
             return add_adapter(base, self.lora)
-        model = PeftModel.from_pretrained(base, self.adapter, is_trainable=True)
-        check_adapter(model, self.adapter)
+        with told(f"policy.adapter: cannot put {self.adapter} on {self.name}"):
+            model = PeftModel.from_pretrained(base, self.adapter, is_trainable=True)
+            check_adapter(model, self.adapter)
         return model
 
     def _base(self, device: torch.device, dtype: torch.dtype) -> Any:
@@ -112,17 +115,36 @@ class LLMPolicy(Policy):
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-        base = AutoModelForCausalLM.from_pretrained(
-            self.folder,
-            dtype=dtype,
-            quantization_config=config if self.quantization == "nf4" else None,
-            device_map={"": device},
-            attn_implementation="sdpa",  # takes the tree's 4-D mask
-        )
+        with told(f"policy.model: cannot load {self.source!r} as a causal language model"):
+            base, found = AutoModelForCausalLM.from_pretrained(
+                self.folder,
+                dtype=dtype,
+                quantization_config=config if self.quantization == "nf4" else None,
+                device_map={"": device},
+                attn_implementation="sdpa",  # takes the tree's 4-D mask
+                output_loading_info=True,
+            )
+        if lacking := sorted(map(str, {*found["missing_keys"], *found["mismatched_keys"]})):
+            raise UserError(
+                f"policy.model: the weights of {self.source!r} do not fit its config: {len(lacking)} are missing or of "
+                f"another shape, first {lacking[0]}"
+            )
         keep_weights_in_place(base)
         if self.keep_unpacked:
             unpack_weights(base)
         return base
+
+
+@contextmanager
+def told(what: str) -> Iterator[None]:
+    """Turn what a library raises on files that it cannot use into a UserError of one line."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"{what}: {lines[0]}") from error
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:

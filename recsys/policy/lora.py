@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -57,6 +58,26 @@ def add_adapter(base: Any, lora: Lora) -> Any:
 
 def _adaptable(module: nn.Module) -> bool:
     return "Linear" in type(module).__name__ or "Conv1D" in type(module).__name__
+
+
+def check_adapter_config(folder: str) -> None:
+    """Raise UserError unless ``folder`` has the config of an adapter that acts inside a model's layers."""
+    from peft import PeftConfig
+
+    path = Path(folder) / "adapter_config.json"
+    if not path.is_file():
+        raise UserError(f"policy.adapter: no adapter_config.json in {folder}; give a folder saved by PEFT")
+    try:
+        config = PeftConfig.from_pretrained(folder)
+    except Exception as error:
+        first = str(error).strip().split("\n")[0]
+        raise UserError(f"policy.adapter: {path} is not the config of an adapter ({first})") from error
+    if config.peft_type is None:
+        raise UserError(f"policy.adapter: {path} is not the config of an adapter (it has no peft_type)")
+    if config.is_prompt_learning:
+        raise UserError(
+            f"policy.adapter: {folder} holds {config.peft_type.value}, which the engine would not run: use LoRA"
+        )
 
 
 def check_adapter(model: Any, folder: str) -> None:
