@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,12 @@ TITLES = ["Toy Story", "Toy", "Heat", "Heat", 'Say "A"', "Ça, va", "Ran", "Roni
     f"Film {i}" for i in range(10)
 ]
 
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start; pytest-xdist has one for each core
+
 
 @pytest.fixture(autouse=True)
-def _two_threads() -> None:
-    torch.set_num_threads(2)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
