@@ -1,34 +1,54 @@
-"""Every command in README, docs and the headers of configs parses as it stands; what a header offers runs in small."""
+"""Every command in README, docs and the headers of configs parses as it stands; what a header offers runs in small.
+
+Pages that are walked run as they stand, with their outputs; so does the notebook. And the site is built from them.
+"""
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from matplotlib import pyplot
 
 from recsys.cli import main, recommend_parser
+from recsys.tree import TokenTree, pass_mask, row_mask
+from recsys.trie import Trie
 from tests.test_configs import CONFIGS, SMALL, folder  # noqa: F401 - a fixture
 
 ROOT = CONFIGS.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+WALKED = [DOCS / "extending.md", DOCS / "method.md", DOCS / "tutorial.md"]  # each in a new folder
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(set(DOCS.glob("*.md")) - set(WALKED))]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 MYDATA = re.search(r"```yaml\n(# mydata.yaml\n.*?)```", PAGES[0].read_text(), re.DOTALL)
 
 
 def commands_of(page: Path) -> list[list[str]]:
     """The commands in a page's blocks of bash, and in its text between single backticks."""
     text = page.read_text()
-    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    rest = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-    lines += re.findall(r"`((?:OMP_NUM_THREADS=1 )?(?:recsys|python) [^`]*)`", rest)
+    blocks = [block for language, block in FENCE.findall(text) if language == "bash"]
+    return [words for block in blocks for words in commands_in(block)] + commands_between(FENCE.sub("", text))
+
+
+def commands_between(text: str) -> list[list[str]]:
+    """The commands in a text between single backticks."""
+    found = re.findall(r"`((?:OMP_NUM_THREADS=1 )?(?:recsys|python) [^`]*)`", text)
+    return commands_in("\n".join(" ".join(command.split()) for command in found))  # lines of a text may end in one
+
+
+def commands_in(block: str) -> list[list[str]]:
+    """The commands of lines of bash."""
+    lines = block.replace("\\\n", " ").splitlines()
     parts = [part.strip() for line in lines for part in line.split("&&")]
     split = [shlex.split(part, comments=True) for part in parts if part]
     return [words[1:] if words[0].startswith("OMP_NUM") else words for words in split if words]
@@ -101,7 +121,7 @@ def test_commands_of_pages_parse(
             capsys.readouterr()
             monkeypatch.chdir(workplace)
         else:
-            known = ("pip", "ruff", "mypy", "pytest", "tensorboard", "python")
+            known = ("pip", "ruff", "mypy", "pytest", "tensorboard", "python", "pre-commit", "mkdocs")
             assert words[0] in known or "baselines" in words[0], words
 
 
@@ -161,3 +181,103 @@ def test_the_python_of_the_readme_runs(capsys: pytest.CaptureFixture[str], tmp_p
     assert capsys.readouterr().out.splitlines()[1:] == ["recall@2 0.5", "wpauc 0.5"]
     exec(compile(training, "README.md", "exec"), {})
     assert "recall@5: TAWin - warm start" in capsys.readouterr().out
+
+
+def without_numbers(line: str) -> str:
+    return " ".join(re.sub(r"[+-]?\d[\d.,]*", "0", line).split())
+
+
+@pytest.mark.parametrize("page", WALKED, ids=lambda page: page.name)
+def test_walking_through_a_page_gives_its_outputs(
+    page: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Named blocks become files, commands and Python run; what the page shows of a run may differ in numbers."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    caplog.set_level("INFO")
+    torch.set_num_threads(1)  # the models are too small for two
+    shown, printed = str, ""
+    for language, text in FENCE.findall(page.read_text()):
+        name = re.match(r"# (\w+\.\w+)\n", text)
+        if name is not None:
+            Path(name[1]).write_text(text)
+        elif language == "python":
+            exec(compile(text, page.name, "exec"), {})
+            shown, printed = str, capsys.readouterr().out
+        elif language == "bash":
+            for words in commands_in(text):
+                if words[0] == "python":
+                    runpy.run_path(words[1])
+                else:
+                    assert words[0] == "recsys"
+                    main(words[1:])
+            shown, printed = without_numbers, "\n".join([*caplog.messages, capsys.readouterr().out])
+        elif language == "csv":
+            assert any(file.read_text().startswith(text) for file in Path().glob("*.csv")), text
+        elif language == "text":
+            found = {shown(line) for line in printed.splitlines()}
+            assert [line for line in text.splitlines() if shown(line) not in found] == []
+    for words in commands_between(FENCE.sub("", page.read_text())):
+        if words[0] == "recsys" and "--help" not in words:
+            prints_its_config(words[1:], capsys)
+
+
+def test_the_notebook_prints_and_draws_what_it_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    pyplot.switch_backend("agg")
+    namespace: dict[str, object] = {}
+    for cell in json.loads((DOCS / "window.ipynb").read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), "window.ipynb", "exec"), namespace)
+            printed = [line for output in cell["outputs"] for line in output.get("text", [])]
+            assert capsys.readouterr().out == "".join(printed)
+            assert len(pyplot.get_fignums()) == sum("data" in output for output in cell["outputs"])
+            pyplot.close("all")
+
+
+def test_the_drawn_mask_is_that_of_a_pass() -> None:
+    """The drawing in docs/architecture.md, from the code that makes masks."""
+    titles, end, prompt = {1: "Heat", 2: "Star", 3: "Trek", 4: "Wars"}, 9, ["the", "user"]
+    trie = Trie.from_sequences([[1, end], [2, 3, end], [2, 4, end]])
+    items = torch.arange(3)[None]
+    rows = {}
+    for normalization, least in {"vocab": 1, "trie": 2}.items():
+        tree = TokenTree.of(items, trie, lambda node, least=least: trie.degree(node) >= least)
+        rows[normalization] = [titles[int(token)] for token in trie.tokens[tree.node[0]]]
+        if normalization == "vocab":
+            start = torch.full_like(tree.node, len(prompt))
+            mask = pass_mask(len(prompt), row_mask(start, len(prompt), tree.lineage(), len(rows["vocab"])))[0, 0]
+            positions = (start + trie.depth(tree.node) - 1).tolist()
+    assert rows["trie"] == ["Star"]
+    assert positions == [[2, 2, 3, 3]]
+    names = [*prompt, *rows["vocab"]]
+    drawn = ["".join(f"{name:6}" for name in ["", *names])]
+    drawn += [
+        f"{name:6}" + "".join("■     " if sees else "·     " for sees in row)
+        for name, row in zip(names, mask, strict=True)
+    ]
+    text = "\n".join(line.rstrip() for line in drawn)
+    assert text in (DOCS / "architecture.md").read_text(), text
+
+
+def test_the_site_has_every_page_and_name_and_needs_no_network(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs")
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    built = subprocess.run(build, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    pages = {path.parent.name: path.read_text() for path in tmp_path.rglob("index.html")}
+    for name, html in pages.items():
+        fetched = re.findall(r"<(?:script|link|img|iframe)[^>]* (?:src|href)=\"?(?:https?:)?//[^>]*>", html)
+        assert [tag for tag in fetched if "canonical" not in tag] == [], name
+        # formulas and the references of docstrings are written out
+        assert not re.search(r"```|\$`|:(?:func|class|mod|meth):", html), name
+    packages = ("recsys.functional", "recsys.metrics", "recsys.objectives", "recsys.policy", "recsys.data", "callbacks")
+    for package in map(importlib.import_module, packages):
+        for name in package.__all__:
+            member = getattr(package, name)
+            if inspect.isclass(member) or inspect.isroutine(member):
+                homes = (package.__name__, member.__module__)  # a function that is named like its module has the second
+                assert any(f'id="{home}.{name}"' in pages["api"] for home in homes), name
