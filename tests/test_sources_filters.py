@@ -60,19 +60,20 @@ ROWS = [["1", "a", 10, 5], ["1", "a", 10, 4], ["1", "a", 11, 2.5], ["2", "a", 10
     [
         (None, [0, 1, 2, 3, 4], {}),
         (Filters(), [0, 1, 2, 3, 4], {}),
-        (Filters(drop_duplicates=True), [0, 2, 3, 4], {"rows_duplicate": 1}),
+        (Filters(drop_duplicates=True), [0, 3, 4], {"rows_duplicate": 2}),
+        (Filters(drop_duplicates=True, start=11), [2, 4], {"rows_outside_time": 3, "rows_duplicate": 0}),
         (Filters(min_rating=3), [0, 1, 3], {"rows_below_min_rating": 2}),
         (Filters(start=11), [2, 4], {"rows_outside_time": 3}),
         (Filters(end="11"), [0, 1, 3], {"rows_outside_time": 2}),
         (Filters(start=11, end=30), [2], {"rows_outside_time": 4}),
         (
-            Filters(k_core=2, min_rating=2, end=30, drop_duplicates=True),
-            [0, 2],
+            Filters(k_core=1, min_rating=2, end=30, drop_duplicates=True),
+            [0, 3],
             {
-                "rows_duplicate": 1,
                 "rows_below_min_rating": 1,
                 "rows_outside_time": 0,
-                "rows_outside_k_core": 1,
+                "rows_duplicate": 2,
+                "rows_outside_k_core": 0,
                 "items_outside_k_core": 3,
             },
         ),
@@ -80,6 +81,17 @@ ROWS = [["1", "a", 10, 5], ["1", "a", 10, 4], ["1", "a", 11, 2.5], ["2", "a", 10
 )
 def test_each_filter_keeps_and_counts(filters, rows, dropped):
     assert kept(filters, ROWS) == (rows, dropped)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_first_interaction_with_an_item_is_kept(seed):
+    """By time, and where times are equal by place in the file, which is in any order."""
+    rng = np.random.default_rng(seed)
+    rows = [["123"[rng.integers(3)], "abcd"[rng.integers(4)], int(rng.integers(9)), 1] for _ in range(60)]
+    first = {}
+    for place in sorted(range(60), key=lambda place: (rows[place][2], place)):
+        first.setdefault(tuple(rows[place][:2]), place)
+    assert kept(Filters(drop_duplicates=True), rows) == (sorted(first.values()), {"rows_duplicate": 60 - len(first)})
 
 
 @pytest.mark.parametrize("unit", [1, 1000, 10**6, 10**9])

@@ -125,7 +125,7 @@ def test_amazon_2018(tmp_path):
     log = [
         review_2018("u1", "B1", 100, 5.0),
         review_2018("u1", "B1", 100, 4.0, style={"Size:": " M"}),  # a duplicate
-        review_2018("u1", "B1", 101, 3.0),
+        review_2018("u1", "B1", 99, 3.0),
         review_2018("u2", "B2", 100, 5.0),
         review_2018("u2", "B4", 100, 5.0, vote="2"),
         review_2018("u2", "B7", 99, 1.0),
@@ -134,7 +134,7 @@ def test_amazon_2018(tmp_path):
     ]
     paths = write_json(tmp_path / "X_5.json.gz", log), write_json(tmp_path / "meta_X.json.gz", META_2018)
     tables = amazon(tmp_path, *paths).load()
-    assert rows(tables) == [["u1", "B1", 100, 5], ["u1", "B1", 101, 3], ["u2", "B7", 99, 1], ["u2", "B8", 99, 1]]
+    assert rows(tables) == [["u1", "B1", 99, 3], ["u2", "B7", 99, 1], ["u2", "B8", 99, 1]]
     assert items(tables) == [
         ["B1", "Nuts & Bolts, 3' long", "Tools & Home|Nuts"],
         ["B7", "A title|in a list", "x"],
@@ -147,12 +147,13 @@ def test_amazon_2018(tmp_path):
         "items_with_markup": 2,
         "rows_without_item": 3,
         "items_without_rows": 1,
-        "rows_duplicate": 1,
+        "rows_duplicate": 2,
     }
-    assert tables.interactions.index.tolist() == [1, 3, 6, 7]
-    filtered = amazon(tmp_path, *paths, filters=Filters(min_rating=2)).load()
+    assert tables.interactions.index.tolist() == [3, 6, 7]
+    filtered = amazon(tmp_path, *paths, filters=Filters(min_rating=4)).load()
+    assert rows(filtered) == [["u1", "B1", 100, 5]]  # the first with that rating
     assert filtered.dropped["rows_duplicate"] == 1
-    assert filtered.dropped["rows_below_min_rating"] == 2
+    assert filtered.dropped["rows_below_min_rating"] == 3
 
 
 @pytest.mark.parametrize(

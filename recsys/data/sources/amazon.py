@@ -26,8 +26,8 @@ class AmazonReviews(Source):
     ``parent_asin``; its category is ``categories``.
 
     These sets are dirty, so what cannot be used is dropped and counted: later metadata of an item, items whose title is
-    missing, empty or holds HTML or JavaScript (a known fault of 2018), reviews of an item without usable metadata,
-    later reviews of the same user, item and time, and items without reviews. HTML entities become characters.
+    missing, empty or holds HTML or JavaScript (a known fault of 2018), reviews of an item without usable metadata, a
+    user's later reviews of the same item, and items without reviews. HTML entities become characters.
 
     Args:
         reviews: Path of the reviews.

@@ -29,7 +29,7 @@ class Columns:
 
 @dataclass
 class Filters:
-    """Interactions to leave out, in this order: duplicates, low ratings, other times, and what a k-core lacks.
+    """Interactions to leave out, in this order: low ratings, other times, duplicates, and what a k-core lacks.
 
     Args:
         k_core: Drop users and items with fewer interactions than this, again and again until none is left; 0 keeps
@@ -39,7 +39,8 @@ class Filters:
             whose unit, seconds to nanoseconds, is told by the size of all times; or a number in the unit of the data,
             where the data has numbers.
         end: Keep interactions before this time, written as ``start``.
-        drop_duplicates: Keep only the first of several interactions of the same user, item and time.
+        drop_duplicates: Keep only each user's first interaction with an item, by time, then file order: no target is
+            in its own history.
 
     Raises:
         UserError: ``k_core`` is negative, ``min_rating`` is not a number, ``start`` or ``end`` is neither a number nor
@@ -135,9 +136,6 @@ class SourceData:
         if filters is None:
             return self
         log, items, dropped = self.interactions, self.items, dict(self.dropped)
-        if filters.drop_duplicates:
-            repeated = log.duplicated([Columns.USER, Columns.ITEM, Columns.TIME])
-            log, dropped["rows_duplicate"] = log[~repeated], int(repeated.sum())
         if filters.min_rating is not None:
             if Columns.RATING not in log:
                 raise UserError(f"filters.min_rating is set, but {self.interactions_from} is read without ratings")
@@ -150,6 +148,10 @@ class SourceData:
             if filters.end is not None:
                 outside |= time >= self._bound("end", filters.end)
             log, dropped["rows_outside_time"] = log[~outside], int(outside.sum())
+        if filters.drop_duplicates:
+            in_time = log.iloc[log[Columns.TIME].to_numpy().argsort(kind="stable")]
+            repeated = in_time.duplicated([Columns.USER, Columns.ITEM]).reindex(log.index)
+            log, dropped["rows_duplicate"] = log[~repeated], int(repeated.sum())
         if filters.k_core:
             rows = k_core(
                 log[Columns.USER].cat.codes.to_numpy(), log[Columns.ITEM].cat.codes.to_numpy(), filters.k_core
