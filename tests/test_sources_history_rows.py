@@ -84,6 +84,22 @@ def test_files_may_be_listed_in_any_order_if_there_are_times(source):
     assert by_user(source(rows[-50:], rows[:-50]).load()) == events
 
 
+@pytest.mark.parametrize("floats", [["user_id"], ["item_id", "timestamp"], ["history_item_id", "history_timestamp"]])
+def test_numbers_may_be_written_as_floats(source, floats):
+    """As pandas writes a column of whole numbers that has missing values."""
+
+    def as_floats(row):
+        lists = {name: [float(value) for value in row[name]] for name in floats if name.startswith("history")}
+        return row | {name: f"{row[name]}.0" for name in floats if name not in lists} | lists
+
+    rows, events = published(30, max_history=4, with_time=True)
+    rows = [row | {"user_id": row["user_id"][1:]} for row in rows]
+    cut = len(rows) // 2
+    found = source(rows[:cut], [as_floats(row) for row in rows[cut:]]).load()
+    assert by_user(found) == {user[1:]: sequence for user, sequence in events.items()}
+    assert len(found.items) == len({item for sequence in events.values() for item, *_ in sequence})
+
+
 def test_a_missing_file_leaves_a_gap(source):
     """The first file is missing: what its rows alone show is lost, and nothing is counted twice."""
     rows, events = published(30, max_history=4, with_time=True)

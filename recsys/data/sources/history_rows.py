@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import defaultdict
+from typing import Any
 
 import pandas as pd
 
@@ -26,7 +28,8 @@ class HistoryRows(Source):
 
     Columns: ``user_id``; ``item_id`` and ``item_title`` of the target; ``history_item_id`` and ``history_item_title``,
     lists written as in Python. ``timestamp`` with ``history_timestamp``, and ``rating`` with ``history_rating``, are
-    read where all files have both. Items are told by their id; the first title of an item counts.
+    read where all files have both. Items are told by their id; the first title of an item counts. Ids, times and
+    ratings may be written as ``3`` or ``3.0``: pandas makes floats of a column that has missing values.
 
     Each row adds its target, and before it the part of its history that does not continue the user's events so far. So
     overlapping histories are counted once, and events that are no row's target are found in the histories. Events that
@@ -78,8 +81,9 @@ class HistoryRows(Source):
         numbers: list[int] = []
         told = [name for name in (Columns.ITEM, Columns.TIME, Columns.RATING) if name in pairs]
         for order, (number, row) in enumerate(zip(rows.index, rows.to_dict("records"), strict=True)):
-            user, where = row["user_id"], f"{row['file']}, row {number}"
+            user, where = _plain(row["user_id"]), f"{row['file']}, row {number}"
             fields = {name: [*_elements(row[many], where, many), row[one]] for name, (many, one) in pairs.items()}
+            fields |= {name: [_plain(value) for value in fields[name]] for name in told}
             length = len(fields[Columns.ITEM])
             if any(len(values) != length for values in fields.values()):
                 raise UserError(f"{where}: the lists differ in length; each needs one element for each event")
@@ -115,6 +119,11 @@ def _elements(cell: str, where: str, column: str) -> list[str]:
     if not isinstance(elements, list):
         raise UserError(f"{where}: {column} is {cell!r}, not a list")
     return [str(element) for element in elements]
+
+
+def _plain(value: Any) -> Any:
+    """A number as its text, a whole one without decimals; what is missing stays."""
+    return value if pd.isna(value) else re.sub(r"^(-?\d+)\.0$", r"\1", str(value))
 
 
 def _overlap(events: list[tuple[str, ...]], history: list[tuple[str, ...]]) -> int:
