@@ -332,6 +332,96 @@ def test_datasets_is_imported_only_to_load_from_the_hub():
             assert "datasets" not in names
 
 
+# ------------------------------------------------------------------------------------- tables of many files
+
+
+def test_a_table_in_many_files(table, tmp_path):
+    """A folder as Spark writes it, and a pattern: the rows of all, and errors that name one."""
+    expected = table(rows=LOG * 3).load()
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    for name, rows in (("part-00001.csv", LOG), ("part-00000.csv", LOG), ("part-00002.csv", []), ("part-3.csv", LOG)):
+        dump(folder / name, LOG_NAMES, rows)
+    for name in ("_SUCCESS", ".part-00000.csv.crc", "part-00004.csv"):
+        (folder / name).write_text("")
+    for number, row in enumerate(ITEMS):
+        dump(tmp_path / f"films-{number}.jsonl", ITEM_NAMES, [row])
+    source = Table(
+        str(folder), str(tmp_path / "films-*.jsonl"), rating="stars", category="genre", cache_dir=str(tmp_path)
+    )
+    for _ in range(2):  # the second time from the cache
+        found = source.load()
+        assert found.interactions.to_numpy().tolist() == expected.interactions.to_numpy().tolist()
+        assert found.items.to_numpy().tolist() == expected.items.to_numpy().tolist()
+    dump(folder / "part-00001.csv", LOG_NAMES, [["u", "7", "1", "2"], ["u", "x", "1", "2"]])
+    fails(source, "part-00001.csv, row 3: item id 'x' is not in", "films-*.jsonl")
+    dump(folder / "part-00001.csv", LOG_NAMES, [["u", "7", "1", "2"]])
+    dump(folder / "part-3.csv", LOG_NAMES, [["u", "7", "1", "2"], ["", "7", "1", "2"]])
+    fails(source, "part-3.csv, row 3: user id '' is empty")
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "problem"),
+    [
+        ("b.csv", LOG_NAMES[::-1], None),
+        ("b.csv", ["user_id", "item_id", "timestamp", "price"], "b.csv: column 'stars' is missing"),
+        ("b.csv", [*LOG_NAMES[:4], "price"], "b.csv: has not the same columns as"),
+        ("b.csv", ["u1", "7", "2", "5"], "b.csv: column 'user_id' is missing"),  # no header
+        ("b.parquet", LOG_NAMES, "b.parquet: its columns have other types than in"),
+        ("b.txt", LOG_NAMES, "b.txt: the name should end in"),
+    ],
+)
+def test_files_of_one_table_agree(table, tmp_path, name, columns, problem):
+    source = table()
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    dump(folder / "a.csv", LOG_NAMES, LOG)
+    dump(folder / name, columns, [list(range(len(columns)))])
+    source.interactions = str(folder)
+    dump(tmp_path / "items.csv", ITEM_NAMES, [*ITEMS, ["2", "x", ""]])
+    if problem:
+        return fails(source, problem)
+    assert source.load().interactions[Columns.USER].tolist() == [*(row[0] for row in LOG), "3"]
+
+
+def test_folders_without_files(table, tmp_path):
+    source = table()
+    for path in ("nothing-*.csv", "folder"):
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        source.interactions = str(tmp_path / path)
+        fails(source, f"{path}: holds no file with rows")
+    (tmp_path / "folder" / "year=2024").mkdir()
+    fails(source, "year=2024: is a folder inside")
+
+
+# -------------------------------------------------------------------------------- no times, and items that lack
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_without_times_the_order_is_that_of_the_file(table, tmp_path, suffix):
+    source = table(f"log.{suffix}", time=None)
+    assert source.load().interactions[Columns.TIME].tolist() == [0, 1, 2]
+    log = pd.DataFrame(LOG, columns=LOG_NAMES).drop(columns="timestamp")
+    frames = DataFrames(log, pd.DataFrame(ITEMS, columns=ITEM_NAMES), time=None, filters=Filters(drop_duplicates=True))
+    assert frames.load().interactions[Columns.TIME].tolist() == [0, 1, 2]
+    for bound in ("start", "end"):
+        with pytest.raises(UserError, match="need times: set the source's `time`"):
+            Table("log.csv", "items.csv", time=None, filters=Filters(**{bound: 2015}))
+
+
+def test_interactions_whose_item_is_missing(table):
+    rows = [*LOG, ["u2", "gone", "4", "1"], ["u2", "untitled", "5", "1"], ["u2", "", "6", "1"]]
+    items = [*ITEMS, ["untitled", " ", ""], ["unseen", "Unseen", ""]]
+    fails(table(rows=rows, item_rows=items), "items.csv, row", "has no title")
+    found = table(rows=rows, item_rows=items, missing="drop").load()
+    assert found.interactions.index.tolist() == [2, 3, 4]
+    assert found.items[Columns.ITEM].tolist() == ["007", "7", "unseen"]
+    assert found.dropped == {"items_without_title": 1, "rows_without_item": 3}
+    fails(
+        table(rows=rows[3:], item_rows=items, missing="drop"), "log.csv: no interaction is left", "rows_without_item 3"
+    )
+
+
 # ------------------------------------------------------------------------------------------------ frames
 
 
@@ -408,3 +498,11 @@ def test_hub_reads_a_folder(tmp_path, monkeypatch):
 
 def test_hub_names_what_cannot_be_loaded(tmp_path):
     fails(HubDataset(str(tmp_path / "nothing"), str(tmp_path / "nothing")), "nothing", "cannot be loaded")
+
+
+def test_what_the_hub_says_is_one_line(monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("401 Client Error.\n\nAccess is restricted.")
+
+    monkeypatch.setattr("datasets.load_dataset", fail)
+    fails(HubDataset("a/b", "c/d"), "the dataset 'c/d' cannot be loaded: 401 Client Error. Access is restricted.")

@@ -42,7 +42,7 @@ def test_k_core_is_that_of_brute_force(k):
 def test_k_core_needs_several_rounds():
     """Without user 2, item c has one interaction; without it user 1 has one; and so on until nothing is left."""
     rows = [["1", "a", 1, 5], ["1", "c", 2, 5], ["2", "c", 3, 5], ["3", "a", 4, 5], ["3", "b", 5, 5]]
-    with pytest.raises(UserError, match=r"log: the filters leave no interaction \(rows_outside_k_core 5, items"):
+    with pytest.raises(UserError, match=r"log: no interaction is left \(rows_outside_k_core 5, items"):
         tables(rows).filtered(Filters(k_core=2))
     core = [[user, item, 0, 5] for user in "45" for item in "ad"]
     filtered = tables(rows + core).filtered(Filters(k_core=2))

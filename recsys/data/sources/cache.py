@@ -58,7 +58,7 @@ class Conversion:
         """Convert the file, unless another process does it meanwhile.
 
         Raises:
-            UserError: The file cannot be read, lacks a column or has no rows, or the cache cannot be written.
+            UserError: The file cannot be read or lacks a column, or the cache cannot be written.
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,10 +89,6 @@ class Conversion:
         if size >= _LARGE:
             print(f"Converting {self.file.path} ({size / 1e6:,.0f} MB) ...", file=sys.stderr, flush=True)
         schema = self.file.schema(self.columns).with_metadata({_KEY: self._key})
-        rows = 0
         with pq.ParquetWriter(part, schema, write_page_checksum=True) as writer:
             for table in self.file.tables(self.columns):
                 writer.write_table(table.cast(schema))
-                rows += len(table)
-        if not rows:
-            raise UserError(f"{self.file.path}: has no rows")

@@ -6,6 +6,7 @@ Texts stay exactly as written: a number in JSON becomes its text, and so does a 
 from __future__ import annotations
 
 import csv
+import glob
 import gzip
 import json
 import os
@@ -208,6 +209,43 @@ class DataFile:
                 if not isinstance(row, dict):
                     raise ValueError(f"line {number} is not a JSON object; write one object on each line")
                 yield row
+
+
+def data_files(path: str, form: Delimited, columns: list[str]) -> list[DataFile]:
+    """Files that hold one table, in the order of their names.
+
+    Args:
+        path: A file; or a folder or a pattern with ``*``, ``?`` or ``[``, where names beginning with ``_`` or ``.`` and
+            empty files, as Spark writes them, are left out.
+        form: How they are written.
+        columns: Columns that will be read.
+
+    Raises:
+        UserError: There is none, one cannot be read or lacks a column, or its columns are not those of the first file.
+    """
+    whole = os.path.expanduser(path)
+    if os.path.isfile(whole) or not (os.path.isdir(whole) or glob.has_magic(whole)):
+        paths = [whole]
+    else:
+        found = glob.glob(os.path.join(glob.escape(whole), "*") if os.path.isdir(whole) else whole)
+        paths = sorted(p for p in found if os.path.basename(p)[0] not in "_." and os.path.getsize(p))
+        if not paths:
+            raise UserError(f"{path}: holds no file with rows")
+        if folder := next(filter(os.path.isdir, paths), None):
+            raise UserError(f"{folder}: is a folder inside {path}; name the files by a pattern, as {path}/*/*.csv")
+    files = [DataFile(p, form) for p in paths]
+    first, *others = [(file.schema(columns), _names(file)) for file in files]
+    for file, (schema, names) in zip(files[1:], others, strict=True):
+        if names != first[1]:
+            raise UserError(f"{file.path}: has not the same columns as {files[0].path}; make them agree")
+        if schema != first[0]:
+            raise UserError(f"{file.path}: its columns have other types than in {files[0].path}; make them agree")
+    return files
+
+
+def _names(file: DataFile) -> set[str]:
+    """Columns that files of one table have in common; those of JSON Lines may be left out where they are empty."""
+    return set(file.column_names()) if file.form or file.is_parquet else set()
 
 
 def _reader(file: IO[str], form: Delimited, separator: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,11 +13,12 @@ import pyarrow.compute as pc
 from recsys.assets import CACHE_DIR
 from recsys.data.sources.cache import Conversion
 from recsys.data.sources.files import DataFile
-from recsys.data.sources.source import Columns
+from recsys.data.sources.source import Columns, Origin
 from recsys.types import UserError
 
 TABLE_CACHE = f"{CACHE_DIR}/tables"
 _ROWS = 1_000_000  # encoded at a time
+_Pieces = dict[str, list[pa.Array]]  # the values of each column of a frame, piece by piece
 
 
 def read(file: DataFile, columns: dict[str, str], cache_dir: str) -> pd.DataFrame:
@@ -34,25 +35,44 @@ def read(file: DataFile, columns: dict[str, str], cache_dir: str) -> pd.DataFram
     Raises:
         UserError: The file cannot be read or lacks a column, or the cache cannot be written.
     """
+    return _frame(_read(file, columns, cache_dir), str(file.path), file.first_row)
+
+
+def read_all(files: list[DataFile], columns: dict[str, str], name: str, cache_dir: str) -> tuple[pd.DataFrame, Origin]:
+    """Read some columns of the files that hold one table, see :func:`read`.
+
+    Returns:
+        A frame whose index goes on from file to file, and where its rows are from.
+    """
+    pieces: _Pieces = {target: [] for target in columns}
+    first_rows, starts = [file.first_row for file in files], []
+    for file in files:
+        starts.append(first_rows[0] + sum(map(len, pieces[Columns.ITEM])))
+        for target, arrays in _read(file, columns, cache_dir).items():
+            pieces[target] += arrays
+    return _frame(pieces, name, first_rows[0]), Origin(name, [str(file.path) for file in files], starts, first_rows)
+
+
+def _read(file: DataFile, columns: dict[str, str], cache_dir: str) -> _Pieces:
     names = list(dict.fromkeys(columns.values()))
 
-    def frame(parquet: DataFile) -> pd.DataFrame:
-        return _frame(parquet.tables(names), columns, str(file.path), file.first_row)
+    def pieces(parquet: DataFile) -> _Pieces:
+        return _collect(parquet.tables(names), columns, str(file.path))
 
     if file.is_parquet:
         file.schema(names)
-        return frame(file)
+        return pieces(file)
     conversion = Conversion(file, names, cache_dir)
     if not conversion.exists():
         if conversion.path.exists():
             conversion.discard()
         conversion.make()
     try:
-        return frame(DataFile(conversion.path))
+        return pieces(DataFile(conversion.path))
     except UserError:  # a fault of the file itself would have shown when it was converted
         conversion.discard()
         conversion.make()
-        return frame(DataFile(conversion.path))
+        return pieces(DataFile(conversion.path))
 
 
 def to_frame(data: Any, columns: dict[str, str], name: str, first_row: int) -> pd.DataFrame:
@@ -75,27 +95,30 @@ def to_frame(data: Any, columns: dict[str, str], name: str, first_row: int) -> p
     for column in columns.values():
         if column not in there:
             raise UserError(f"{name}: column {column!r} is missing; there are {', '.join(map(repr, there))}")
-    return _frame(_pieces(data, list(dict.fromkeys(columns.values()))), columns, name, first_row)
+    return _frame(_collect(_tables(data, list(dict.fromkeys(columns.values()))), columns, name), name, first_row)
 
 
-def _frame(tables: Iterator[pa.Table], columns: dict[str, str], name: str, first_row: int) -> pd.DataFrame:
-    pieces: dict[str, list[pa.Array]] = {target: [] for target in columns}
-    rows = 0
+def _collect(tables: Iterable[pa.Table], columns: dict[str, str], name: str) -> _Pieces:
+    pieces: _Pieces = {target: [] for target in columns}
     try:
         for table in tables:
-            rows += len(table)
             for target, column in columns.items():
                 piece = table[column].combine_chunks()
                 pieces[target].append(_convert(piece, target))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
         raise UserError(f"{name}: a column in {list(columns.values())} is neither text nor numbers: {error}") from error
+    return pieces
+
+
+def _frame(pieces: _Pieces, name: str, first_row: int) -> pd.DataFrame:
+    rows = sum(map(len, next(iter(pieces.values()))))
     if not rows:
         raise UserError(f"{name}: has no rows")
     index = pd.RangeIndex(first_row, first_row + rows)
     return pd.DataFrame({target: _column(arrays, target, index) for target, arrays in pieces.items()})
 
 
-def _pieces(data: Any, columns: list[str]) -> Iterator[pa.Table]:
+def _tables(data: Any, columns: list[str]) -> Iterator[pa.Table]:
     if isinstance(data, pd.DataFrame):
         table = pa.Table.from_pandas(data[columns], preserve_index=False)
         yield from (table.slice(start, _ROWS) for start in range(0, len(table), _ROWS))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -68,6 +69,31 @@ class Filters:
                 raise UserError(f"filters.start, {self.start}, must be before filters.end, {self.end}")
 
 
+@dataclass(frozen=True)
+class Origin:
+    """The files that a table lies in, for messages.
+
+    Args:
+        name: What names all of them: a file, a folder or a pattern.
+        files: Their paths.
+        starts: The index of the first row of each in the frame, ascending.
+        first_rows: The number of that row in the file.
+    """
+
+    name: str
+    files: list[str]
+    starts: list[int]
+    first_rows: list[int]
+
+    def __str__(self) -> str:
+        return self.name
+
+    def row(self, index: int) -> str:
+        """Name one row of the frame."""
+        file = bisect_right(self.starts, index) - 1
+        return f"{self.files[file]}, row {index - self.starts[file] + self.first_rows[file]}"
+
+
 @dataclass
 class SourceData:
     """Checked interactions and items; building one normalises titles, categories, times and ratings.
@@ -80,7 +106,7 @@ class SourceData:
             (a date: microseconds of Unix time). A rating becomes a number, NaN where it is empty.
         items: Columns item (string, unique), title and perhaps category (several are joined by ``|``; none is ``""``).
             Runs of whitespace in a title or a category become one space.
-        interactions_from: What messages call the interactions, usually the file's path.
+        interactions_from: What messages call the interactions, usually the file's path, or the files that hold them.
         items_from: The same for the items.
         dropped: What the source or a filter left out, and how much of it, for the counts that are reported.
         has_dates: Whether the times were dates; known of dates that are given.
@@ -93,8 +119,8 @@ class SourceData:
 
     interactions: pd.DataFrame
     items: pd.DataFrame
-    interactions_from: str
-    items_from: str
+    interactions_from: str | Origin
+    items_from: str | Origin
     dropped: dict[str, int] = field(default_factory=dict)
     has_dates: bool = False
 
@@ -133,8 +159,7 @@ class SourceData:
         Raises:
             UserError: ``min_rating`` is set but there are no ratings, or no interaction is left.
         """
-        if filters is None:
-            return self
+        filters = filters or Filters()
         log, items, dropped = self.interactions, self.items, dict(self.dropped)
         if filters.min_rating is not None:
             if Columns.RATING not in log:
@@ -162,7 +187,10 @@ class SourceData:
             items, dropped["items_outside_k_core"] = items[inside], int((~inside).sum())
         if log.empty:
             counts = ", ".join(f"{name} {n:,}" for name, n in dropped.items())
-            raise UserError(f"{self.interactions_from}: the filters leave no interaction ({counts}); relax them")
+            raise UserError(
+                f"{self.interactions_from}: no interaction is left ({counts}); relax the filters, or write item ids as "
+                f"in {self.items_from}"
+            )
         return replace(self, interactions=log, items=items, dropped=dropped)
 
     def _bound(self, name: str, value: float | str) -> float:
@@ -190,7 +218,8 @@ class SourceData:
         if outside.any():
             first = int(outside.to_numpy().argmax())
             raise UserError(
-                f"{what}, row {time.index[first]}, has the time {time.iloc[first]}, which is not Unix time of 1980 to "
+                f"filters.{name} is {value!r}, but {_row(self.interactions_from, time.index[first])}, has the time "
+                f"{time.iloc[first]}, which is not Unix time of 1980 to "
                 f"2099{'' if outside.all() else ' in the unit of the others'} ({outside.sum()} such rows in all); "
                 "write the bound as a number in the unit of the times, or correct them"
             )
@@ -295,9 +324,13 @@ def _slices(values: pd.Series) -> list[pd.Series]:
     return [values.iloc[start : start + _SLICE] for start in range(0, max(1, len(values)), _SLICE)]
 
 
-def _reject(table: str, bad: pd.Series, name: str, values: pd.Series, problem: str) -> None:
+def _row(table: str | Origin, index: int) -> str:
+    return table.row(index) if isinstance(table, Origin) else f"{table}, row {index}"
+
+
+def _reject(table: str | Origin, bad: pd.Series, name: str, values: pd.Series, problem: str) -> None:
     """Raise a UserError that names the first bad row and its value, if there is one."""
     if bad.any():
         first = int(bad.to_numpy().argmax())
-        where = f"{table}, row {values.index[first]}"
+        where = _row(table, values.index[first])
         raise UserError(f"{where}: {name} {values.iloc[first]!r} {problem} ({bad.sum()} such rows in all)")
