@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
 import shutil
+import subprocess
+import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +41,67 @@ def of(folder: str) -> list[str]:
     return sorted(path.name for path in (CONFIGS / folder).glob("*.yaml"))
 
 
+def published(log: list[tuple[str, str, int]]) -> dict[str, list[str]]:
+    """Lines of files in the formats of those that the comments of the configs name, with the same events in each."""
+    posted = [datetime.fromtimestamp(time, UTC).strftime("Posted %B %-d, %Y.") for _, _, time in log]
+    reviews = [
+        {"item_id": item, "posted": day, "recommend": True} for (_, item, _), day in zip(log, posted, strict=True)
+    ]
+    reviews[0]["posted"] = "Posted July 3."
+    games = [
+        {"publisher": "X", "genres": ["Action", "Indie"], "app_name": f"Game {i}", "id": f"B{i}"} for i in range(ITEMS)
+    ]
+    items = range(ITEMS)
+    return {
+        "ml-1m/ratings.dat": [f"{user}::{item}::5::{time}" for user, item, time in log],
+        "ml-1m/movies.dat": [f'B{i}::Léon "{i}" (1994)::Crime|Drama' for i in items],
+        "ml-32m/ratings.csv": ["userId,movieId,rating,timestamp", *(f"{u},{i},4.5,{t}" for u, i, t in log)],
+        "ml-32m/movies.csv": ["movieId,title,genres", *(f'B{i},"Film, ""A"" {i} (1995)",Drama|War' for i in items)],
+        "amazon/Video_Games.jsonl.gz": [
+            json.dumps({"rating": 5.0, "title": "!", "parent_asin": i, "user_id": u, "timestamp": 1000 * t + 7})
+            for u, i, t in log
+        ],
+        "amazon/meta_Video_Games.jsonl.gz": [
+            json.dumps(
+                {"main_category": "Games", "title": f"Game {i}", "parent_asin": f"B{i}", "categories": ["Games"]}
+            )
+            for i in items
+        ],
+        "goodbooks-10k/ratings.csv": ["user_id,book_id,rating", *(f"{u},{i},5" for u, i, _ in log)],
+        "goodbooks-10k/books.csv": [
+            "book_id,goodreads_book_id,authors,original_title,title,language_code",
+            *(f'B{i},27,"J.K. Rowling, Mary GrandPr",,"The Games (The Games, #{i})",eng' for i in items),
+        ],
+        "book-crossing/BX-Book-Ratings.csv": [
+            '"User-ID";"ISBN";"Book-Rating"\r',
+            *(f'"{u}";"{i}";"0"\r' for u, i, _ in [*log, ("u1", "034545104X", 0)]),
+        ],
+        "book-crossing/BX-Books.csv": [
+            '"ISBN";"Book-Title";"Book-Author";"Year-Of-Publication"\r',
+            *(f'"B{i}";"Lon \\"the\\" R&amp;D {i}";"A";"2002"\r' for i in items),
+            '"078946697X";"DK Readers: X-Men (Level 4)\\";Michael Teitelbaum";"2000"\r',
+        ],
+        "steam/australian_user_reviews.json.gz": [
+            str({"user_id": f"u{u}", "user_url": "x", "reviews": reviews[u * EVENTS : (u + 1) * EVENTS]})
+            for u in range(USERS)
+        ],
+        "steam/steam_games.json.gz": [*map(str, [*games, games[0], {"app_name": "Without an id"}, {"id": "B60"}])],
+    }
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory, with small files in the place of each published set."""
     start = 1_500_000_000  # July 2017
-    log = [(f"u{u}", f"B{(7 * u + t) % ITEMS}", start + 100 * t + u) for u in range(USERS) for t in range(EVENTS)]
+    log = [(f"u{u}", f"B{(5 * u + t) % ITEMS}", start + 100 * t + u) for u in range(USERS) for t in range(EVENTS)]
     amazon, yelp = tmp_path / "data" / "amazon", tmp_path / "data" / "yelp"
     amazon.mkdir(parents=True)
     yelp.mkdir()
+    for name, lines in published(log).items():
+        path = tmp_path / "data" / name
+        path.parent.mkdir(exist_ok=True)
+        text = "".join(f"{line}\n" for line in lines)
+        path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode("latin-1"))
     for name in ("Industrial_and_Scientific", "Office_Products", "Toys_and_Games"):
         write_json(amazon / f"{name}_5.json.gz", [review_2018(*event, 5.0) for event in log])
         metadata = [{"asin": f"B{i}", "title": f"Thing {i}", "category": ["Things"]} for i in range(ITEMS)]
@@ -74,13 +132,29 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("data", of("data"))
-def test_every_data_config_runs(data: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_data_config_reads_its_files(data: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """After the program that its comment holds, if any."""
+    text = (CONFIGS / "data" / data).read_text()
+    assert text.startswith("#"), "a config says what it is for"
+    program = "\n".join(re.findall(r"^#   (.*)$", text, re.M))
+    if program:
+        command = ["bash", "-c"] if "sed" in program else [sys.executable, "-c"]
+        name = "book-crossing" if "sed" in program else "steam"
+        subprocess.run([*command, program], cwd=folder / "data" / name, check=True)
+    main(["data", LARGE, f"--data=configs/data/{data}", TINY])
+    found = dict(re.split(" {2,}", line, maxsplit=1) for line in capsys.readouterr().out.splitlines() if "  " in line)
+    assert found["items"] == str(ITEMS)
+    assert found["users"] == str(USERS)
+    assert found["interactions"] == str(USERS * EVENTS - (data == "steam.yaml"))
+
+
+@pytest.mark.parametrize("data", ["movielens100k.yaml", "yelp.yaml"])
+def test_data_configs_run(data: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["fit", LARGE, f"--data=configs/data/{data}", TINY, *SMALL])
     out = capsys.readouterr().out
     for phase in ("start", "warm start", "TAWin"):
         assert any(line.lstrip().startswith(f"{phase}  ") for line in out.splitlines()), phase
     assert list(folder.glob("checkpoints/large/version_0/last.ckpt"))
-    assert (CONFIGS / "data" / data).read_text().startswith("#"), "a config says what it is for"
 
 
 def printed(args: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
