@@ -242,7 +242,8 @@ def main(
         jobs: Runs at the same time; set OMP_NUM_THREADS so that they share the cores.
     """
     compared = {name: variants[name] for name in only or variants}
-    named = {name for v in compared.values() for name in (v.like, v.as_many_as) if name}.union(against)
+    like = {v.like for v in compared.values() if v.like} - (chosen or {}).keys()
+    named = {v.as_many_as for v in compared.values() if v.as_many_as}.union(like, against)
     if lacking := sorted(named - {WARM_START, *compared}):
         raise SystemExit(f"only: {', '.join(lacking)} is needed too, or another `against`")
     root = Path(out)
@@ -282,7 +283,7 @@ def choose(
     """Return each variant's settings: one choice after the other, each by successive halving with the first seed."""
     own = {name: v for name, v in sweep.variants.items() if v.like is None}
     choices = {name: grid if v.grid is None else v.grid for name, v in own.items() if name not in chosen}
-    found = {name: chosen.get(name, {}) for name in own}
+    found = dict.fromkeys(own, {}) | chosen
     for place in range(max(map(len, choices.values()), default=0)):
         left = {
             name: [found[name] | cell for cell in each[place]] for name, each in choices.items() if place < len(each)

@@ -92,10 +92,11 @@ def workplace(folder: Path) -> Path:  # noqa: F811
     saved.parent.mkdir(parents=True)
     model = "{policy: recsys.policy.TinyPolicy, objective: recsys.objectives.TAWin}"
     saved.write_text(f"model: {model}\ndata: ../../../mydata.yaml\n")
-    checkpoint = folder / "checkpoints" / "small" / "version_0" / "last.ckpt"
-    checkpoint.parent.mkdir(parents=True)
     parts = dict.fromkeys(("state_dict", "policy", "loops", "fingerprint"), "")
-    torch.save({**parts, "config": f"model: {model}\ndata: mydata.yaml\n"}, checkpoint)
+    for name in ("small", "tawin"):
+        checkpoint = folder / "checkpoints" / name / "version_0" / "last.ckpt"
+        checkpoint.parent.mkdir(parents=True)
+        torch.save({**parts, "config": f"model: {model}\ndata: mydata.yaml\n"}, checkpoint)
     return folder
 
 
@@ -174,11 +175,8 @@ def test_what_the_header_of_a_config_offers_runs(
 
 def test_the_python_of_the_readme_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    metrics, training = re.findall(r"```python\n(.*?)```", PAGES[0].read_text(), re.DOTALL)
-    assert len(metrics.splitlines()) <= 12
+    [training] = re.findall(r"```python\n(.*?)```", PAGES[0].read_text(), re.DOTALL)
     assert len(training.splitlines()) <= 24
-    exec(compile(metrics, "README.md", "exec"), {})
-    assert capsys.readouterr().out.splitlines()[1:] == ["recall@2 0.5", "wpauc 0.5"]
     exec(compile(training, "README.md", "exec"), {})
     assert "recall@5: TAWin - warm start" in capsys.readouterr().out
 
@@ -199,7 +197,6 @@ def test_walking_through_a_page_gives_its_outputs(
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     caplog.set_level("INFO")
-    torch.set_num_threads(1)  # the models are too small for two
     shown, printed = str, ""
     for language, text in FENCE.findall(page.read_text()):
         name = re.match(r"# (\w+\.\w+)\n", text)
