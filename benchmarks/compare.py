@@ -283,7 +283,7 @@ def choose(
     """Return each variant's settings: one choice after the other, each by successive halving with the first seed."""
     own = {name: v for name, v in sweep.variants.items() if v.like is None}
     choices = {name: grid if v.grid is None else v.grid for name, v in own.items() if name not in chosen}
-    found = dict.fromkeys(own, {}) | chosen
+    found = {name: {} for name in own} | chosen
     for place in range(max(map(len, choices.values()), default=0)):
         left = {
             name: [found[name] | cell for cell in each[place]] for name, each in choices.items() if place < len(each)
