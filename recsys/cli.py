@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import get_loader, set_loader
 from lightning import pytorch
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -33,6 +34,9 @@ DESCRIPTION = (
     "without --config takes. `recsys recommend` shows what a checkpoint recommends after one history; "
     "`recsys configs` copies the shipped configs into the folder `configs`."
 )
+_load = get_loader("yaml")
+# jsonargparse hands null on as the text None where the option is one of a class inside a class.
+set_loader("yaml", lambda text: None if text == "None" else _load(text), (yaml.YAMLError,))
 
 
 class Trainer(pytorch.Trainer):

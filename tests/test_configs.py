@@ -175,6 +175,16 @@ def test_a_data_config_replaces_that_of_the_run(
     assert given["data"] == printed(["--config=configs/own.yaml"], capsys)["data"]
 
 
+def test_null_of_a_filter_on_the_command_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bounds = ["start", "end", "min_rating"]
+    options = [f"--data.source.init_args.filters.{name}=null" for name in bounds]
+    filters = printed([LARGE, "--data.source.init_args.filters.min_rating=3", *options], capsys)["data"]["source"][
+        "init_args"
+    ]["filters"]
+    assert [filters[name] for name in bounds] == [None] * 3
+    assert filters["k_core"] == 5
+
+
 @pytest.mark.parametrize(
     ("policy", "local_model"),
     [(name, "qwen2" if "qwen" in name else "llama") for name in of("policy")],
