@@ -46,6 +46,8 @@ def check_agreement(engine: TreeEngine, prompt: list[int]) -> None:
             "causal language model whose layers are attention"
         ) from error
     nats, share, of_logits = TOLERANCE["exact" if policy.head.weight.dtype == torch.float32 else "rounded"]
+    if not bool(full.isfinite().all()):
+        raise UserError(f"{policy.name}: the scores of a real prompt are not numbers: its weights are not finite")
     if not capped <= of_logits:
         raise UserError(f"{policy.name}: its logits are not its output head applied to its decoder; not supported")
     for name, scores in (("a search", searched), ("an update", updated)):

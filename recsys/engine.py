@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from recsys.logprobs import Normalization, TrieHead
+from recsys.logprobs import Normalization, TrieHead, check_vocabulary
 from recsys.policy import Policy
 from recsys.tree import Packing, Places, TokenTree, pass_mask, row_mask
 from recsys.trie import Trie
@@ -49,6 +49,9 @@ class TreeEngine:
         trie: Of the catalogue, on the policy's device.
         normalization: Distribution over items, see :mod:`recsys.logprobs`.
 
+    Raises:
+        UserError: if a title has a token that is none of the model's.
+
     Attributes:
         head: The policy's output head along the trie.
         token_rows: Token rows sent through the model so far, padding included.
@@ -58,6 +61,7 @@ class TreeEngine:
         self.policy = policy
         self.trie = trie
         self.normalization = normalization
+        check_vocabulary(policy, trie.tokens)
         self.head = TrieHead(policy, trie, normalization)
         self.token_rows = 0
 

@@ -48,7 +48,6 @@ class TrieHead:
         self.policy = policy
         self.trie = trie
         self.normalization = normalization
-        check_vocabulary(policy, trie.tokens)
         if normalization == "trie":  # the head is needed only for tokens that compete somewhere
             degree = trie.offsets.diff()
             competes = degree.repeat_interleave(degree) > 1  # of nodes 1 .. n - 1, by their parent
