@@ -26,7 +26,7 @@ from recsys.data import HistoryDataModule, card_text, data_card
 from recsys.module import Recommender
 from recsys.parts import ReplaceParts, as_configs
 from recsys.runs import NO_LOGGER, RunLogger, check_writable, find_checkpoint, read_checkpoint, results_folder
-from recsys.trained import TrainedRecommender, load_checkpoint, saved_config
+from recsys.trained import TrainedRecommender, saved_config
 from recsys.types import UserError
 
 DESCRIPTION = (
@@ -159,8 +159,6 @@ class RecsysCLI(LightningCLI):
             path = find_checkpoint(Path(given.checkpoint.dirpath, _run_name(given)), path)
             print(f"ckpt_path: {path}")
             given.ckpt_path = str(path)
-        elif path and not Path(path).is_file():
-            raise UserError(f"ckpt_path: no such file: {path}")
         if path:
             read_checkpoint(Path(path))
 
@@ -305,7 +303,7 @@ def _settings(given: list[str]) -> list[str]:
         return []
     place = names.index("--ckpt_path")
     path = given[place].partition("=")[2] or "".join(given[place + 1 : place + 2])
-    return [] if path in ("last", "best") else [f"--config={saved_config(path, load_checkpoint(path))}"]
+    return [] if path in ("last", "best") else [f"--config={saved_config(path, read_checkpoint(Path(path)))}"]
 
 
 def _hide_noise() -> None:

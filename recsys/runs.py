@@ -97,8 +97,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """Load a checkpoint of this program, as far as that needs no model.
 
     Raises:
-        UserError: if the file is none.
+        UserError: if there is no such file, or it is none.
     """
+    if not path.is_file():
+        raise UserError(f"ckpt_path: no such file: {path}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # there are as many kinds as formats

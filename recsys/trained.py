@@ -46,7 +46,7 @@ class TrainedRecommender:
         """
         from recsys.cli import command_line  # which imports this module
 
-        checkpoint = load_checkpoint(str(path))
+        checkpoint = read_checkpoint(Path(path))
         cli = command_line([f"--config={saved_config(str(path), checkpoint)}", *_OPTIONS, *options], run=False)
         recommender = cls(cli.trainer, cli.model, cli.datamodule)
         cli.model.on_load_checkpoint(checkpoint)
@@ -80,17 +80,6 @@ class TrainedRecommender:
             ranking = self.model.answer(batch.to(self.model.device), requests, allowed)
             frames.append(recommendations(self.data.catalog, requests, batch.row.numpy(), ranking))
         return pd.concat(frames).sort_index(kind="stable").reset_index(drop=True)
-
-
-def load_checkpoint(path: str) -> dict[str, Any]:
-    """Load a checkpoint.
-
-    Raises:
-        UserError: There is no such file, or it is none.
-    """
-    if not Path(path).is_file():
-        raise UserError(f"ckpt_path: no such file: {path}")
-    return read_checkpoint(Path(path))
 
 
 def saved_config(path: str, checkpoint: dict[str, Any]) -> str:
