@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from safetensors import SafetensorError
 
 from recsys.atomic import AtomicCheckpointIO, replace_folder
 from recsys.runs import LAST, NO_LOGGER, claim_version
@@ -178,8 +179,9 @@ class AdapterCheckpoint(ModelCheckpoint):
             super()._save_checkpoint(trainer, filepath)
             if trainer.is_global_zero:
                 replace_folder(_adapter_folder(filepath), module.policy.save_adapter)
-        except OSError as error:
-            raise UserError(f"{filepath} cannot be saved ({error.strerror}); the one before it is kept") from error
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{filepath} cannot be saved ({reason}); the one before it is kept") from error
 
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         super()._remove_checkpoint(trainer, filepath)

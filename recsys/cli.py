@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import shutil
 import signal
 import sys
+import threading
 import warnings
 from importlib import resources
 from pathlib import Path
@@ -172,6 +174,10 @@ class RecsysCLI(LightningCLI):
         if settings.get("logger") is None:
             kwargs["logger"] = self._get(self.config_init, "logger")
         every, between, epochs = (settings[n] for n in ("check_val_every_n_epoch", "val_check_interval", "max_epochs"))
+        if settings.accumulate_grad_batches < 1:
+            raise UserError(
+                f"trainer.accumulate_grad_batches must be at least 1, but it is {settings.accumulate_grad_batches}"
+            )
         if every is not None and every < 1:
             raise UserError(f"trainer.check_val_every_n_epoch must be at least 1, but it is {every}")
         if isinstance(between, int | float) and not between > 0:
@@ -184,11 +190,14 @@ class RecsysCLI(LightningCLI):
             raise UserError(f"trainer: {error}") from error
 
     def before_fit(self) -> None:
-        """Refuse folders that cannot be written to, before data or model are touched."""
-        if not self._get(self.config, "trainer").fast_dev_run:
+        """Refuse folders that cannot be written to and a logger that cannot log, before data or model are touched."""
+        trainer = self._get(self.config, "trainer")
+        if not trainer.fast_dev_run:
             check_writable(Path(self._get(self.config, "checkpoint").dirpath), "checkpoint.dirpath")
-            if self._get(self.config, "trainer").get("logger") is None:
-                check_writable(Path(self._get(self.config, "logger").save_dir), "logger.save_dir")
+            if trainer.get("logger") is None:
+                logger: RunLogger = self._get(self.config_init, "logger")
+                check_writable(Path(logger.save_dir), "logger.save_dir")
+                logger.check()
 
 
 def command_line(args: list[str] | None, **kwargs: Any) -> RecsysCLI:
@@ -221,6 +230,7 @@ def main(args: list[str] | None = None) -> None:
             when stopped by SIGTERM and 130 by SIGINT, after a checkpoint is saved where there is something to save.
     """
     _hide_noise()
+    threading.excepthook = _thread_failed
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # a user's own classes; last, so that no file there hides a library
     try:
@@ -230,20 +240,34 @@ def main(args: list[str] | None = None) -> None:
         if given[:1] == ["recommend"]:
             return recommend(given[1:])
         command_line(args, save_config_callback=SaveConfig, parser_kwargs={"description": DESCRIPTION})
-    except (UserError, ValueError) as error:
-        mistake = error if isinstance(error, UserError) else error.__cause__
-        if not isinstance(mistake, UserError):  # jsonargparse wraps it where a part may also be null
-            raise
-        print(f"recsys: error: {mistake}", file=sys.stderr)
-        raise SystemExit(1) from None
     except SIGTERMException:  # has no code of its own, which would mean success
         raise SystemExit(128 + signal.SIGTERM) from None
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
+    except Exception as error:
+        mistake = _mistake(error)
+        if mistake is None:
+            raise
+        print(f"recsys: error: {mistake}", file=sys.stderr)
+        raise SystemExit(1) from None
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning's, with code 1
             raise SystemExit(128 + signal.SIGINT) from None
         raise
+
+
+def _mistake(error: BaseException) -> str | None:
+    """Return what is wrong that a user can mend, None if it is none of that."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, ValueError) and isinstance(error.__cause__, UserError):
+        return str(error.__cause__)  # jsonargparse wraps it where a part may also be null
+    cause: BaseException | None = error
+    while cause is not None:  # loggers report theirs as mistakes in what is logged
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+            return f"{cause}: make room, and go on with --ckpt_path last; what was saved before is kept"
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def _run_name(settings: Any) -> str:
@@ -304,6 +328,12 @@ def _settings(given: list[str]) -> list[str]:
     place = names.index("--ckpt_path")
     path = given[place].partition("=")[2] or "".join(given[place + 1 : place + 2])
     return [] if path in ("last", "best") else [f"--config={saved_config(path, read_checkpoint(Path(path)))}"]
+
+
+def _thread_failed(failed: threading.ExceptHookArgs) -> None:
+    """Show what a thread failed of, unless it is told in one line: TensorBoard's tells the main thread as well."""
+    if failed.exc_value is None or _mistake(failed.exc_value) is None:
+        threading.__excepthook__(failed)
 
 
 def _hide_noise() -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from torch.utils.tensorboard import SummaryWriter
 
 from recsys.types import UserError
 
@@ -19,6 +20,20 @@ NO_LOGGER = "run"  # name of runs without a logger
 
 class RunLogger(TensorBoardLogger):
     """TensorBoard's logger, with a folder that no other run has, however close to each other they start."""
+
+    def check(self) -> None:
+        """Write an event to a temporary folder, with the options of TensorBoard's writer.
+
+        Raises:
+            UserError: if it refuses them.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                with SummaryWriter(folder, **self._kwargs) as writer:
+                    writer.add_scalar("check", 0)
+            except (TypeError, ValueError) as error:
+                given = ", ".join(f"{name}={value!r}" for name, value in self._kwargs.items())
+                raise UserError(f"logger: TensorBoard's writer refuses {given} ({error})") from error
 
     def _get_next_version(self) -> int:
         version: int = super()._get_next_version()

@@ -57,6 +57,8 @@ def check(policy: Policy, prompt: list[int] = PROMPT, normalization: str = "trie
         ("Gemma3Text", {**SIZE, **LARGE, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 64}),
         ("Mixtral", {**SIZE, **LARGE, "num_key_value_heads": 2, "num_local_experts": 4}),
         ("GPT2", {"vocab_size": 257, "n_embd": 32, "n_layer": 2, "n_head": 4}),  # drops by default
+        ("Llama", {**SIZE, **LARGE, "attn_implementation": "eager"}),  # adds its mask, whatever type it has
+        ("GptOss", {**SIZE, **LARGE, "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 4}),
     ],
 )
 def test_a_model_that_the_engine_runs_passes(kind: str, options: dict[str, Any], normalization: str) -> None:

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from lightning.pytorch import Callback
+from safetensors import SafetensorError
 
 from callbacks import BeamNegatives
 from recsys.cli import main
@@ -306,6 +307,24 @@ def test_a_full_disk_leaves_the_checkpoint_before(tables, tmp_path: Path, monkey
         run.checkpoint.save(run.trainer)
     assert {path: path.read_bytes() for path in run.checkpoints.rglob("*") if path.is_file()} == before
 
+    def full_too(folder: Path) -> None:
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.undo()
+    monkeypatch.setattr(run.model.policy, "save_adapter", full_too)
+    with pytest.raises(UserError, match=r"last.ckpt cannot be saved \(I/O error: No space left on device\)"):
+        run.checkpoint.save(run.trainer)
+
+
+def test_a_disk_that_is_full_of_events_is_one_line(small, monkeypatch, capsys) -> None:  # noqa: F811
+    def full(*args) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("recsys.runs.RunLogger.check", lambda self: None)
+    monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", full)
+    line = lines_of_failure(["fit", config("debug.yaml"), *small], capsys)
+    assert "No space left on device: make room" in line
+
 
 # --------------------------------------------------------------------------------------------- folders
 
@@ -337,6 +356,7 @@ def test_a_run_without_a_logger_or_for_trial_leaves_no_files_behind(small, tmp_p
         "report.examples=-1",
         "trainer.max_epochs=-1",
         "trainer.check_val_every_n_epoch=0",
+        "trainer.accumulate_grad_batches=0",
         "trainer.val_check_interval=0",
         "trainer.val_check_interval=1.5",
         "checkpoint.save_top_k=-2",
@@ -347,6 +367,7 @@ def test_a_run_without_a_logger_or_for_trial_leaves_no_files_behind(small, tmp_p
         "checkpoint.monitor=recall@10",
         "checkpoint.dirpath=data.yaml/below",
         "logger.save_dir=data.yaml",
+        "logger.max_queue=many",
         "model.warm_start_epochs=-1",
         "model.lr_warmup=2",
     ],

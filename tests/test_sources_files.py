@@ -206,6 +206,13 @@ def test_malformed_parquet(table, tmp_path):
     fails(source, "log.parquet", "not readable as a table")
 
 
+def test_parquet_whose_text_is_none(table, tmp_path):
+    source = table("log.parquet")
+    bad = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xc2")])
+    pq.write_table(pa.table({LOG_NAMES[0]: bad} | {name: ["1"] for name in LOG_NAMES[1:]}), tmp_path / "log.parquet")
+    fails(source, "log.parquet", "Invalid UTF8")
+
+
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
 def test_columns_that_are_missing(table, suffix):
     fails(table(f"log.{suffix}", time="when"), f"log.{suffix}", "'when' is missing", "'timestamp'")

@@ -87,6 +87,11 @@ class Policy(nn.Module):
             cache: Keys and values of what precedes; the new ones are appended to it.
         """
         decoder = self.causal_lm.base_model
+        if attention_mask is not None and decoder.config._attn_implementation == "eager":  # it adds what it is given
+            unseen = torch.finfo(self.head.weight.dtype).min
+            attention_mask = torch.zeros_like(attention_mask, dtype=self.head.weight.dtype).masked_fill_(
+                ~attention_mask, unseen
+            )
         # The argument was renamed in the course of transformers 5; the old name warns at every call.
         name = "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
         return decoder(

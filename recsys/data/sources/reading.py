@@ -104,6 +104,7 @@ def _collect(tables: Iterable[pa.Table], columns: dict[str, str], name: str) -> 
         for table in tables:
             for target, column in columns.items():
                 piece = table[column].combine_chunks()
+                piece.validate(full=True)  # Parquet may hold text that is none
                 pieces[target].append(_convert(piece, target))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
         raise UserError(f"{name}: a column in {list(columns.values())} is neither text nor numbers: {error}") from error
