@@ -4,8 +4,8 @@
 
 Every causal language model that the library knows is made with random weights, in sizes as in `SMALL` and all else at
 its defaults, in a process of its own. Where the check at the start of a run lets it pass, the engine's scores, and the
-gradient of their mean, are compared with those of one full row per title through the whole model. Prints a table: exact;
-refused, with the kind of reason; wrong (passed, but not exact); traceback; and those of which there is no such model.
+gradient of their mean, are compared with those of one full row per title through the whole model. Prints a table:
+exact; refused, with the kind of reason; wrong (passed, but not exact); traceback; and those not to be made so small.
 """
 
 from __future__ import annotations

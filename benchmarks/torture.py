@@ -19,7 +19,6 @@ import multiprocessing
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -43,20 +42,7 @@ from recsys.types import UserError
 
 USERS, ITEMS, EVENTS = 30, 20, 12
 VALUES = ("0", "-1", "nan", "inf", "1e30", "abc", "[1,2]", "", "null", "true", "99999999999999999999")
-ODD = (
-    b'"',
-    b"\0",
-    b"\n",
-    b"\r",
-    b"\xff",
-    b"\\",
-    b",",
-    b"\t",
-    b"\xef\xbb\xbf",
-    b"\xed\xa0\x80",
-    b"-",
-    b"e5",
-)  # in files
+ODD = (b'"', b"\0", b"\n", b"\r", b"\xff", b"\\", b",", b"\t", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"-", b"e5")
 FORK = multiprocessing.get_context("fork")  # the libraries are loaded once
 
 Outcome = tuple[str, str]  # its name, and what was seen if it is a fault
@@ -222,7 +208,7 @@ def kills(root: Path, count: int, rng: random.Random) -> Iterator[Outcome]:
             while len(seen) < writes and attempt.process.is_alive():
                 seen |= {path.stat().st_ino for path in _listed(folder.glob("checkpoints/run/*/*.new"))}
                 time.sleep(5e-4)
-        os.kill(attempt.process.pid or 0, signal.SIGKILL)
+        attempt.process.kill()
         attempt.process.join()
         again = list(folder.glob("checkpoints/run/*/last.ckpt"))
         outcome = Attempt([*args, "--ckpt_path=last"] if again else args, folder).end()
