@@ -204,9 +204,11 @@ def kills(root: Path, count: int, rng: random.Random) -> Iterator[Outcome]:
         if number % 2:
             time.sleep(rng.uniform(0, seconds))
         else:
-            writes, seen = rng.randrange(1, 20), set()
-            while len(seen) < writes and attempt.process.is_alive():
-                seen |= {path.stat().st_ino for path in _listed(folder.glob("checkpoints/run/*/*.new"))}
+            writes, before = rng.randrange(1, 20), set[Path]()
+            while writes > 0 and attempt.process.is_alive():
+                now = set(folder.glob("checkpoints/run/*/*.new"))
+                writes -= len(now - before)
+                before = now
                 time.sleep(5e-4)
         attempt.process.kill()
         attempt.process.join()
@@ -217,10 +219,6 @@ def kills(root: Path, count: int, rng: random.Random) -> Iterator[Outcome]:
         yield outcome
         if outcome[0] == "as if left alone":
             shutil.rmtree(folder)
-
-
-def _listed(paths: Iterator[Path]) -> list[Path]:
-    return [path for path in paths if path.exists()]
 
 
 def processes(root: Path, count: int, rng: random.Random) -> Iterator[Outcome]:
