@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from safetensors import SafetensorError
 
 from recsys.atomic import AtomicCheckpointIO, replace_folder
@@ -77,6 +80,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         self.every_n_steps = every_n_train_steps
         self._saved_at = time.monotonic()
         self._validating = False  # within a validation that is not finished
+        self._asked = False  # SIGTERM was received
 
     def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
         """Choose the run's folder, so that no run overwrites another's checkpoints, and have files replaced whole."""
@@ -99,17 +103,27 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     # ---- when -------------------------------------------------------------------------------------------------
 
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen for SIGTERM."""
+        self._listen(trainer)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
+        """Listen for SIGTERM, and start the clock."""
+        self._listen(trainer)
         self._saved_at = time.monotonic()
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        """Save the last, if it is due."""
+        """Save the last, if it is due, and end if SIGTERM asks for it."""
         if not trainer.fit_loop._should_accumulate():  # the gradients of an unfinished step are in no checkpoint
             if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
                 self._renew_last(trainer)
             elif self.due(trainer):
                 self.save(trainer)
+        self._end_together(trainer)
+
+    def on_validation_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        """End if SIGTERM asks for it."""
+        self._end_together(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last, as a validation may take long."""
@@ -145,6 +159,24 @@ class AdapterCheckpoint(ModelCheckpoint):
         if self.every_n_minutes is None or not self._saves(trainer):
             return False
         return trainer.strategy.broadcast(time.monotonic() - self._saved_at >= 60 * self.every_n_minutes)
+
+    def stops(self, trainer: Trainer) -> bool:
+        """Whether SIGTERM asks for the end; all processes ask together, and it counts for all if one received it."""
+        if trainer.world_size == 1:
+            return trainer.received_sigterm
+        return trainer.strategy.reduce_boolean_decision(self._asked, all=False)
+
+    def _listen(self, trainer: Trainer) -> None:
+        """Only take note of SIGTERM. Lightning's handler broadcasts, also within another exchange of the processes."""
+        if trainer.world_size > 1 and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._ask)
+
+    def _ask(self, *args: Any) -> None:
+        self._asked = True
+
+    def _end_together(self, trainer: Trainer) -> None:
+        if trainer.world_size > 1 and trainer.state.fn == "fit" and self.stops(trainer):
+            raise SIGTERMException
 
     def _renew_last(self, trainer: Trainer) -> None:
         """Save the last unless it is of this step."""

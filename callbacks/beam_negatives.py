@@ -20,6 +20,7 @@ from recsys.functional import sample_outside
 from recsys.groups import Groups, GroupSource
 from recsys.module import Recommender
 from recsys.objectives import GroupObjective
+from recsys.phase import Phase
 from recsys.search import Ranking, Wanted, best_first_search
 from recsys.tree import Places
 from recsys.trie import Trie
@@ -61,6 +62,7 @@ class BeamNegatives(GroupSource):
         self.every_n_steps = every_n_steps
         self.batch_size = batch_size
         self.groups: Groups | None = None
+        self.until = 0  # first epoch that they are not for
         self.begun: dict[str, Any] | None = None  # what an unfinished refresh has found
         self.start: dict[str, Tensor] | None = None  # trained weights at the first refresh: the KL term's reference
 
@@ -81,9 +83,12 @@ class BeamNegatives(GroupSource):
 
         Not at the epoch's start: Lightning leaves that out when it resumes from behind the last batch of an epoch.
         """
-        stretches = self.due(trainer, pl_module, trainer.current_epoch, batch_idx, self.groups is None)
+        epoch = trainer.current_epoch
+        lacking = self.groups is None or epoch >= self.until  # as where a run goes on beyond the end that it had
+        stretches = self.due(trainer, pl_module, epoch, batch_idx, lacking)
         if len(stretches):
             self.refresh(trainer, pl_module, stretches, batch_idx)
+            self.until = self._until(pl_module.phase_at(epoch), epoch)
 
     def due(
         self, trainer: Trainer, module: Recommender, epoch: int, batch_idx: int, lacking: bool = False
@@ -101,8 +106,13 @@ class BeamNegatives(GroupSource):
         if every:
             coming = slice(batch_idx, batch_idx - batch_idx % every + every)
             return data.coming(epoch, False, trainer.world_size, coming)
-        epochs = range(epoch, epoch + self.every_n_epochs)
+        epochs = range(epoch, self._until(phase, epoch + phase.start) - phase.start)
         return np.unique(np.concatenate([data.stretches(e, warm_start=False) for e in epochs]))
+
+    def _until(self, phase: Phase, epoch: int) -> int:
+        """Return the epoch of the next refresh, or the phase's end, if that is earlier."""
+        until = epoch + self.every_n_epochs
+        return until if phase.end is None else min(until, phase.end)
 
     # ---- what -------------------------------------------------------------------------------------------------
 
@@ -161,8 +171,8 @@ class BeamNegatives(GroupSource):
 
     def _save_if_due(self, trainer: Trainer, found: list[FoundGroups], key: list[int], done: int) -> None:
         """Save a checkpoint with what is found so far, if it is time or SIGTERM asks for the end."""
-        stops = trainer.strategy.broadcast(trainer.received_sigterm)
         callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, AdapterCheckpoint)]
+        stops = callbacks[0].stops(trainer) if callbacks else trainer.strategy.broadcast(trainer.received_sigterm)
         callbacks = [c for c in callbacks if c.due(trainer) or stops]
         if callbacks:
             columns = [(part.groups.row, part.groups.items, part.groups.old_logprobs) for part in found]
@@ -228,13 +238,15 @@ class BeamNegatives(GroupSource):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the groups and the KL reference, so that a resumed run trains on what it would have."""
-        return {"groups": self.groups and vars(self.groups), "start": self.start, "begun": self.begun}
+        groups = self.groups and vars(self.groups)
+        return {"groups": groups, "until": self.until, "start": self.start, "begun": self.begun}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
         self.groups = state_dict["groups"] and Groups(**state_dict["groups"])
         self.begun = state_dict["begun"]
         self.start = state_dict["start"]
+        self.until = state_dict["until"]
 
 
 @dataclass

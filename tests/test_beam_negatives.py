@@ -154,6 +154,24 @@ def test_refresh_every_n_epochs_covers_the_epochs_between(tables, tmp_path) -> N
         assert groups.row.tolist() == rows_of(run, stretches)
 
 
+def test_a_refresh_ends_with_the_phase_and_one_is_made_where_training_goes_on(tables, tmp_path) -> None:
+    model = {"objective": GRPO(learning_rate=1e-2), "warm_start_epochs": 0}
+    rest = None
+    for epochs in (1, 2):
+        refreshes = Refreshes()
+        run = Run(
+            tables,
+            tmp_path / str(epochs),
+            model=model,
+            max_epochs=epochs,
+            negatives={"every_n_epochs": 10**20},
+            callbacks=[refreshes],
+        ).fit(ckpt_path=rest)
+        [groups] = refreshes.seen[-1:]
+        assert groups.row.tolist() == rows_of(run, run.data.stretches(epochs - 1, warm_start=False))
+        rest = str(run.checkpoints / "last.ckpt")
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_refresh_every_n_steps_takes_the_rows_of_the_steps_to_come(tables, tmp_path, accumulate: int) -> None:
     refreshes = Refreshes()

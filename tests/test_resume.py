@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -166,6 +171,29 @@ def test_sigterm_saves_and_exits_with_143(place, small, tmp_path: Path, monkeypa
         main(["fit", config("debug.yaml"), *small, "--negatives.batch_size=1", "--data.eval_batch_size=2"])
     assert stop.value.code == 143
     assert list(tmp_path.glob("checkpoints/debug/version_0/last.ckpt"))
+
+
+@pytest.mark.parametrize("receiver", ["all", "second"])
+def test_sigterm_ends_all_processes(receiver, small, tmp_path: Path) -> None:  # noqa: F811
+    """Lightning's own handler broadcasts wherever the process is, and waits for ever."""
+    args = ["fit", config("debug.yaml"), *small, "--trainer.strategy=ddp", "--trainer.devices=2"]
+    args += ["--trainer.max_epochs=2000", "--model.warm_start_epochs=1000", "--trainer.check_val_every_n_epoch=1000"]
+    run = subprocess.Popen([sys.executable, "-m", "recsys.cli", *args], start_new_session=True)
+    try:
+        path = tmp_path / "checkpoints/debug/version_0/last.ckpt"
+        until = time.monotonic() + 120
+        while not path.is_file() and run.poll() is None and time.monotonic() < until:
+            time.sleep(0.1)
+        if receiver == "all":
+            os.killpg(run.pid, signal.SIGTERM)
+        else:
+            [second] = psutil.Process(run.pid).children()
+            second.terminate()
+        assert run.wait(60) == 143
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+    assert loaded(path)["global_step"] > 0
 
 
 def test_sigint_exits_with_130(small, tmp_path: Path, monkeypatch) -> None:  # noqa: F811
