@@ -13,9 +13,9 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
-from tqdm import tqdm
 
 from callbacks.adapter_checkpoint import AdapterCheckpoint
+from callbacks.progress import track
 from recsys.functional import sample_outside
 from recsys.groups import Groups, GroupSource
 from recsys.module import Recommender
@@ -231,7 +231,7 @@ class BeamNegatives(GroupSource):
     def _batches(self, trainer: Trainer, module: Recommender, stretches: np.ndarray, title: str) -> Iterable[Batch]:
         loader = module.data.batches(stretches, self.batch_size, False, trainer.global_rank, trainer.world_size)
         shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
-        for batch in tqdm(loader, desc=title, leave=False, disable=not shown or len(loader) == 1):
+        for batch in track(loader, title, shown):
             yield batch.to(module.device)
 
     # ---- checkpoints ------------------------------------------------------------------------------------------

@@ -17,12 +17,15 @@ from typing import Any
 import yaml
 from jsonargparse import get_loader, set_loader
 from lightning import pytorch
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from torch.utils.tensorboard.summary import hparams
+from transformers.utils.logging import disable_progress_bar
 
 from callbacks import AdapterCheckpoint, BeamNegatives, PredictionWriter, RankingReport
+from callbacks.progress import LineProgress
 from recsys.cost import RunCost
 from recsys.data import HistoryDataModule, card_text, data_card
 from recsys.module import Recommender
@@ -36,6 +39,7 @@ DESCRIPTION = (
     "without --config takes. `recsys recommend` shows what a checkpoint recommends after one history; "
     "`recsys configs` copies the shipped configs into the folder `configs`."
 )
+BARS = (TQDMProgressBar, RichProgressBar)  # Lightning's defaults, the second where rich is installed
 _load = get_loader("yaml")
 # jsonargparse hands null on as the text None where the option is one of a class inside a class.
 set_loader("yaml", lambda text: None if text == "None" else _load(text), (yaml.YAMLError,))
@@ -136,9 +140,6 @@ class RecsysCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         parser.set_defaults(
             {
-                "logger.save_dir": "runs",
-                "logger.name": "recsys",
-                "logger.default_hp_metric": False,
                 "trainer.reload_dataloaders_every_n_epochs": 1,  # each epoch draws its rows
                 "trainer.use_distributed_sampler": False,  # the data module divides rows among processes
                 "trainer.num_sanity_val_steps": -1,  # validate the untrained policy on all rows
@@ -185,19 +186,20 @@ class RecsysCLI(LightningCLI):
         if epochs == -1 and settings.max_steps == -1 and settings.max_time is None:
             raise UserError("trainer.max_epochs is -1: training would never end; set it, max_steps or max_time")
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer: Any = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError, TypeError) as error:
             raise UserError(f"trainer: {error}") from error
+        if not sys.stderr.isatty():  # a bar would fill a file with what it writes over on a terminal
+            trainer.callbacks = [LineProgress() if type(c) in BARS else c for c in trainer.callbacks]
+        return trainer
 
     def before_fit(self) -> None:
-        """Refuse folders that cannot be written to and a logger that cannot log, before data or model are touched."""
+        """Refuse folders that cannot be written to, before data or model are touched."""
         trainer = self._get(self.config, "trainer")
         if not trainer.fast_dev_run:
             check_writable(Path(self._get(self.config, "checkpoint").dirpath), "checkpoint.dirpath")
             if trainer.get("logger") is None:
-                logger: RunLogger = self._get(self.config_init, "logger")
-                check_writable(Path(logger.save_dir), "logger.save_dir")
-                logger.check()
+                check_writable(Path(self._get(self.config, "logger").save_dir), "logger.save_dir")
 
 
 def command_line(args: list[str] | None, **kwargs: Any) -> RecsysCLI:
@@ -338,10 +340,16 @@ def _thread_failed(failed: threading.ExceptHookArgs) -> None:
 
 def _hide_noise() -> None:
     """Hide messages of the libraries beneath about each other, on which a user cannot act."""
+    disable_progress_bar()  # of transformers, for what takes a second: downloads have one of their own
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
     warnings.filterwarnings("ignore", message=r".*is_gradient_checkpointing.*", category=FutureWarning)
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
     warnings.filterwarnings("ignore", message=r".*torch\.jit\.script_method.*", category=DeprecationWarning)
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # an optional kernel that it lacks
+
+
+def _is_no_tip(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(("💡 Tip", "TPU available: False"))
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
-from torch.utils.tensorboard import SummaryWriter
 
 from recsys.types import UserError
 
@@ -19,21 +18,41 @@ NO_LOGGER = "run"  # name of runs without a logger
 
 
 class RunLogger(TensorBoardLogger):
-    """TensorBoard's logger, with a folder that no other run has, however close to each other they start."""
+    """TensorBoard's logger, with a folder that no other run has, however close to each other they start.
 
-    def check(self) -> None:
-        """Write an event to a temporary folder, with the options of TensorBoard's writer.
+    Args:
+        save_dir: Folder of all runs.
+        name: Folder of this run's name in it; checkpoints take it too.
+        version: Folder in that, or N for ``version_N``; null takes the next number that is free.
+        sub_dir: Folder in that for the events.
+        max_queue: Events that wait before logging does.
+        flush_secs: Most seconds until they are written.
 
-        Raises:
-            UserError: if it refuses them.
-        """
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                with SummaryWriter(folder, **self._kwargs) as writer:
-                    writer.add_scalar("check", 0)
-            except (TypeError, ValueError) as error:
-                given = ", ".join(f"{name}={value!r}" for name, value in self._kwargs.items())
-                raise UserError(f"logger: TensorBoard's writer refuses {given} ({error})") from error
+    Raises:
+        UserError: One of the numbers is below 1.
+    """
+
+    def __init__(
+        self,
+        save_dir: str = "runs",
+        name: str | None = "recsys",
+        version: int | str | None = None,
+        sub_dir: str | None = None,
+        max_queue: int = 10,
+        flush_secs: int = 120,
+    ) -> None:
+        for option, value in {"max_queue": max_queue, "flush_secs": flush_secs}.items():
+            if value < 1:
+                raise UserError(f"logger.{option} must be at least 1, but it is {value}")
+        super().__init__(
+            save_dir,
+            name,
+            version,
+            sub_dir=sub_dir,
+            default_hp_metric=False,
+            max_queue=max_queue,
+            flush_secs=flush_secs,
+        )
 
     def _get_next_version(self) -> int:
         version: int = super()._get_next_version()

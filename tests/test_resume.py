@@ -348,7 +348,6 @@ def test_a_disk_that_is_full_of_events_is_one_line(small, monkeypatch, capsys) -
     def full(*args) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("recsys.runs.RunLogger.check", lambda self: None)
     monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", full)
     line = lines_of_failure(["fit", config("debug.yaml"), *small], capsys)
     assert "No space left on device: make room" in line
@@ -395,7 +394,7 @@ def test_a_run_without_a_logger_or_for_trial_leaves_no_files_behind(small, tmp_p
         "checkpoint.monitor=recall@10",
         "checkpoint.dirpath=data.yaml/below",
         "logger.save_dir=data.yaml",
-        "logger.max_queue=many",
+        "logger.max_queue=0",
         "model.warm_start_epochs=-1",
         "model.lr_warmup=2",
     ],
