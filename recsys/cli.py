@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import functools
 import logging
 import shutil
 import signal
@@ -101,18 +102,27 @@ class SaveConfig(SaveConfigCallback):
         checkpoint["config"] = self.parser.dump(self.config, skip_none=False)
 
     def on_fit_start(self, trainer: pytorch.Trainer, pl_module: Recommender) -> None:  # type: ignore[override]
-        """Log the model's and the data's settings, flattened, to every logger."""
+        """Log the model's and the data's settings to every logger, and those to compare runs by: K and what was set."""
         folder = results_folder(trainer)
         if not trainer.loggers and folder is not None and trainer.is_global_zero:
             self.parser.save(self.config, str(folder / self.config_filename), skip_none=False, multifile=False)
-        settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
-        flat = _flatten({k: settings[k] for k in ("model", "data", "negatives", "seed_everything") if k in settings})
+        flat, defaults = self._settings(self.config), self._settings(self.parser.get_defaults())
+        chosen = {name: value for name, value in flat.items() if value not in (defaults.get(name), "None")}
+        chosen["K"] = pl_module.dial.window.k
         for logger in trainer.loggers:
             logger.log_hyperparams(flat)
             # Names the metrics of the HParams tab without logging values; one process alone writes events.
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-                for summary in hparams(flat, {"val/wpauc": 0, f"val/recall@{pl_module.dial.window.k}": 0}):
+                for summary in hparams(chosen, {"val/wpauc": 0, f"val/recall@{pl_module.dial.window.k}": 0}):
                     logger.experiment.file_writer.add_summary(summary)
+
+    def _settings(self, config: Any) -> dict[str, Any]:
+        """Return what a run may be compared by, under short names: ``objective/learning_rate``."""
+        settings = yaml.safe_load(self.parser.dump(config, skip_none=False, skip_validation=True))
+        parts = ("model", "data", "negatives", "seed_everything")
+        flat = _flatten({part: settings[part] for part in parts if part in settings})
+        names = ("model/", "init_args/", "/class_path")
+        return {functools.reduce(lambda name, part: name.replace(part, ""), names, name): v for name, v in flat.items()}
 
 
 class RecsysCLI(LightningCLI):

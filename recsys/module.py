@@ -232,8 +232,6 @@ class Recommender(lightning.LightningModule):
         """Report the number of weights."""
         trained, total = self.policy.num_parameters()
         rank_zero_info(f"Policy: {self.policy.name}, {trained:,} of {total:,} weights are trained")
-        for logger in self.trainer.loggers:
-            logger.log_metrics({"policy/trained_weights": trained, "policy/weights": total}, step=0)
 
     def on_train_epoch_start(self) -> None:
         """Start the clock of the token rate."""

@@ -83,7 +83,9 @@ def test_fit_then_resume_test_and_predict(small: list[str], tmp_path: Path) -> N
     debug = config("debug.yaml")
     main(["fit", debug, *small])
     [events] = tmp_path.glob("runs/*/version_0/events*")
-    assert b"model/objective/init_args/gate" in events.read_bytes()  # hyperparameters, for the HParams tab
+    written = events.read_bytes()
+    assert b"objective/learning_rate" in written  # set, so in the HParams tab
+    assert b"data/num_workers" not in written  # at its default
     [checkpoint] = tmp_path.glob("checkpoints/*/version_0/last.ckpt")
     main(["fit", debug, *small, f"--ckpt_path={checkpoint}", "--trainer.max_epochs=3"])
     assert list(tmp_path.glob("checkpoints/*/version_1/last.ckpt"))

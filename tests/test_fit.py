@@ -62,7 +62,6 @@ def test_every_validation_is_in_tensorboard(finished: tuple[Run, Losses]) -> Non
     train = {"loss", "policy_loss", "nll", "gate_open", "groups", "signal", "clipped", "lr", "tokens_per_second"}
     assert {f"train/{name}" for name in train} <= names
     assert {f"negatives/{name}" for name in ("seconds", "rows", "groups", "overlap")} <= names
-    assert {"policy/trained_weights", "policy/weights"} <= names
     assert {f"val_filtered/{m}@{k}" for m in ("recall", "ndcg") for k in (1, 5, 10)} <= names
     assert {name.replace("val/", "val_user_mean/") for name in metrics} <= names
     for name in ("val_filtered/recall@5", "val_user_mean/wpauc"):

@@ -70,11 +70,11 @@ def examples_table(data: HistoryDataModule, row: np.ndarray, items: np.ndarray, 
         count: Rows in the table.
     """
     titles = data.catalog.titles
-    lines = ["| user | history (newest last) | target | top items |", "|---|---|---|---|"]
+    lines = ["| user: history (newest last) | target | top items |", "|---|---|---|"]  # narrow columns break anywhere
     for r, best in list(zip(row, items[:, :SHOWN], strict=True))[:: max(1, len(row) // count)][:count]:
         history = "; ".join(literal(titles[i]) for i in data.histories.history(r, SHOWN))
         target = data.histories.items[r]
         top = "; ".join(f"**{literal(titles[i])}**" if i == target else literal(titles[i]) for i in best)
         user = literal(data.user_ids[data.histories.users[r]])
-        lines.append(f"|{user}|{history}|{literal(titles[target])}|{top}|")
+        lines.append(f"|**{user}**: {history}|{literal(titles[target])}|{top}|")
     return "\n".join(lines)
