@@ -110,6 +110,8 @@ def test_commands_of_pages_parse(
         elif words[0] == "recsys":
             if "--help" not in words and words[1] != "configs":
                 prints_its_config(words[1:], capsys)
+        elif words[0] == "torchrun":
+            prints_its_config(words[words.index("recsys.cli") + 1 :], capsys)
         elif words[:1] == ["python"] and words[1].startswith("benchmarks/"):
             if importlib.util.find_spec("trl") is None and words[1] == "benchmarks/training.py":
                 continue
