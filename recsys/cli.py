@@ -6,6 +6,7 @@ import argparse
 import errno
 import functools
 import logging
+import math
 import shutil
 import signal
 import sys
@@ -185,10 +186,10 @@ class RecsysCLI(LightningCLI):
         if settings.get("logger") is None:
             kwargs["logger"] = self._get(self.config_init, "logger")
         every, between, epochs = (settings[n] for n in ("check_val_every_n_epoch", "val_check_interval", "max_epochs"))
-        if settings.accumulate_grad_batches < 1:
-            raise UserError(
-                f"trainer.accumulate_grad_batches must be at least 1, but it is {settings.accumulate_grad_batches}"
-            )
+        for name, most in (("accumulate_grad_batches", math.inf), ("num_nodes", 2**16)):
+            if not 1 <= settings[name] <= most:
+                limit = "" if most == math.inf else f" and at most {most:,}"
+                raise UserError(f"trainer.{name} must be at least 1{limit}, but it is {settings[name]}")
         if every is not None and every < 1:
             raise UserError(f"trainer.check_val_every_n_epoch must be at least 1, but it is {every}")
         if isinstance(between, int | float) and not between > 0:

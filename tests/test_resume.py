@@ -384,6 +384,7 @@ def test_a_run_without_a_logger_or_for_trial_leaves_no_files_behind(small, tmp_p
         "trainer.max_epochs=-1",
         "trainer.check_val_every_n_epoch=0",
         "trainer.accumulate_grad_batches=0",
+        "trainer.num_nodes=99999999999999999999",
         "trainer.val_check_interval=0",
         "trainer.val_check_interval=1.5",
         "checkpoint.save_top_k=-2",
