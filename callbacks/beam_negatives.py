@@ -246,7 +246,7 @@ class BeamNegatives(GroupSource):
         self.groups = state_dict["groups"] and Groups(**state_dict["groups"])
         self.begun = state_dict["begun"]
         self.start = state_dict["start"]
-        self.until = state_dict["until"]
+        self.until = state_dict.get("until", 0)  # earlier checkpoints have none: a new refresh
 
 
 @dataclass

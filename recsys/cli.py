@@ -278,7 +278,7 @@ def _mistake(error: BaseException) -> str | None:
     cause: BaseException | None = error
     while cause is not None:  # loggers report theirs as mistakes in what is logged
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
-            return f"{cause}: make room, and go on with --ckpt_path last; what was saved before is kept"
+            return f"{cause}: nothing more can be written there; what was saved before is kept, see --ckpt_path last"
         cause = cause.__cause__ or cause.__context__
     return None
 

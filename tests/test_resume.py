@@ -350,7 +350,7 @@ def test_a_disk_that_is_full_of_events_is_one_line(small, monkeypatch, capsys) -
 
     monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", full)
     line = lines_of_failure(["fit", config("debug.yaml"), *small], capsys)
-    assert "No space left on device: make room" in line
+    assert "No space left on device: nothing more can be written there" in line
 
 
 # --------------------------------------------------------------------------------------------- folders
