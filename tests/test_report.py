@@ -139,7 +139,8 @@ def test_texts_of_the_data_are_shown_as_they_are() -> None:
     )
     page = Page(markdown_to_safe_html(examples_table(data, np.array([5]), items[None, [4, 5, 1]], 1)))
     assert page.tags <= TABLE | {"strong"}
-    user, history, target, top = page.cells[4:]
+    first, target, top = page.cells[3:]
+    user, history = first.split(": ", 1)
     assert user.split() == ["<img", "src=x>", "|_u_"]
     assert history == "; ".join(HOSTILE[:5])
     assert target == HOSTILE[5]
