@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+SECONDS = 60  # between two lines, at least
 T = TypeVar("T")
 
 
@@ -21,13 +22,11 @@ class Lines:
     Args:
         title: What the work is.
         total: Its steps.
-        seconds: Least time between two lines.
     """
 
-    def __init__(self, title: str, total: float, seconds: float = 60.0) -> None:
+    def __init__(self, title: str, total: float) -> None:
         self.title = title
         self.total = total
-        self.seconds = seconds
         self.began = self.told = time.monotonic()
 
     def tell(self, done: int, more: str = "") -> None:
@@ -38,7 +37,7 @@ class Lines:
             more: What else it says.
         """
         now = time.monotonic()
-        if now - self.told < self.seconds or not done:
+        if now - self.told < SECONDS or not done:
             return
         self.told, spent = now, (now - self.began) / 60
         left = spent / done * (self.total - done)
@@ -47,15 +46,10 @@ class Lines:
 
 
 class LineProgress(ProgressBar):
-    """Tells how far training, validation, test and prediction are, a line a minute.
+    """Tells how far training, validation, test and prediction are, a line a minute."""
 
-    Args:
-        seconds: Least time between two lines.
-    """
-
-    def __init__(self, seconds: float = 60.0) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.seconds = seconds
         self.enabled = True
 
     def enable(self) -> None:
@@ -69,7 +63,7 @@ class LineProgress(ProgressBar):
     def on_train_epoch_start(self, trainer: Trainer, *args: Any) -> None:
         """Begin with an epoch."""
         title = f"training, epoch {trainer.current_epoch + 1} of {trainer.max_epochs}"
-        self.training = Lines(title, self.total_train_batches, self.seconds)
+        self.training = Lines(title, self.total_train_batches)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -105,7 +99,7 @@ class LineProgress(ProgressBar):
         self._count()
 
     def _begin(self, title: str, counts: Any) -> None:
-        self.evaluation, self.evaluated = Lines(title, sum(counts), self.seconds), 0
+        self.evaluation, self.evaluated = Lines(title, sum(counts)), 0
 
     def _count(self) -> None:
         self.evaluated += 1
