@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from callbacks import AdapterCheckpoint, BeamNegatives, RankingReport
+from recsys.cli import RecsysCLI
 from recsys.data import HistoryDataModule, PromptTemplate, Table
 from recsys.module import Recommender
 from recsys.objectives import SupervisedFineTuning, TAWin
@@ -30,6 +31,22 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start; pytest
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def one_parser(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line's parser is made once and kept: most of the time of a command that is only parsed."""
+    setup = RecsysCLI.setup_parser
+    made: dict[bool, dict[str, Any]] = {}
+
+    def setup_parser(cli: RecsysCLI, subcommands: bool, *args: Any) -> None:
+        if subcommands not in made:
+            before = set(vars(cli))
+            setup(cli, subcommands, *args)
+            made[subcommands] = {name: value for name, value in vars(cli).items() if name not in before}
+        vars(cli).update(made[subcommands])
+
+    monkeypatch.setattr(RecsysCLI, "setup_parser", setup_parser)
 
 
 @pytest.fixture(scope="session")

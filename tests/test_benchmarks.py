@@ -226,6 +226,7 @@ def test_compare_takes_a_second_config(benchmark_main, monkeypatch: pytest.Monke
     assert config["fit"] == first["fit"] + second["fit+"]
 
 
+@pytest.mark.usefixtures("one_parser")
 @pytest.mark.parametrize("names", [["normalization"], ["synthetic"], ["window", "ml-1m"]])
 def test_compared_variants_are_configs_that_measure_what_is_shown_and_all_different(
     benchmark_main, names: list[str], monkeypatch: pytest.MonkeyPatch, capsys

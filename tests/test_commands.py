@@ -100,6 +100,7 @@ def workplace(folder: Path) -> Path:  # noqa: F811
     return folder
 
 
+@pytest.mark.usefixtures("one_parser")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_of_pages_parse(
     page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -128,6 +129,7 @@ def test_commands_of_pages_parse(
             assert words[0] in known or "baselines" in words[0], words
 
 
+@pytest.mark.usefixtures("one_parser")
 @pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "configuration.md"], ids=lambda page: page.name)
 def test_options_of_pages_are_settings_of_every_config(
     page: Path, workplace: Path, capsys: pytest.CaptureFixture[str]
