@@ -196,7 +196,7 @@ def test_compare_gives_each_variant_the_stretches_that_fit_the_time(
     variant = sys.modules["compare"].Variant
     variants = {"TAWin": variant(), "NLL": variant([SFT]), "NLL as long": variant([SFT], as_many_as="TAWin")}
     options = {"seeds": (3,), "cutoffs": (1, 5), "warm_start": ["--trainer.max_epochs=1"], "warm_start_epochs": 1}
-    options |= {"folder": str(Path(tables["interactions"]).parent), "seconds": 1.0, "against": ("NLL",)}
+    options |= {"folder": str(Path(tables["interactions"]).parent), "seconds": 0.2, "against": ("NLL",)}
     main(comparison, variants, "runs/sweep", **options)
     stretches = {}
     for name, of in {"TAWin": "TAWin", "NLL": "NLL", "NLL as long": "TAWin"}.items():

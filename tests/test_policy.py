@@ -8,6 +8,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from gguf import GGUFReader, dequantize
+from huggingface_hub import constants
 from transformers import AutoTokenizer
 
 from recsys.assets import SMOLLM2
@@ -164,7 +165,7 @@ def test_auto_dtype_needs_hardware_that_computes_in_bfloat16(monkeypatch: pytest
 
 
 def test_wrong_names_are_refused_before_any_weight_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # the variable is read at import
     with pytest.raises(UserError, match="cannot load 'no/such-model'"):
         _ = LLMPolicy("no/such-model").tokenizer
     with pytest.raises(UserError, match=r"adapter_config\.json"):

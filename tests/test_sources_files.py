@@ -487,8 +487,7 @@ def test_frames_without_a_column_or_rows():
 # --------------------------------------------------------------------------------------------------- hub
 
 
-def test_hub_reads_a_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_hub_reads_a_folder(tmp_path):
     (tmp_path / "set").mkdir()
     dump(tmp_path / "set" / "train.jsonl", LOG_NAMES, [[1, "a", 3, 4.5], [2, "b", 1, 2]])
     (tmp_path / "titles").mkdir()
