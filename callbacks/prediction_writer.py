@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -18,6 +17,7 @@ from lightning.pytorch import Callback, Trainer
 from recsys.data import HistoryDataModule, Requests
 from recsys.data.requests import PART, read_ids
 from recsys.data.sources import Columns
+from recsys.fingerprint import digest
 from recsys.module import Recommender
 from recsys.paths import InputPath
 from recsys.recommendations import SUFFIXES, recommendations, schema_of, whole, write
@@ -186,11 +186,5 @@ def _fingerprint(module: Recommender) -> dict[str, str]:
     which = [requests.k, requests.exclude_seen, requests.only, data.catalog.item_ids, data.catalog.titles]
     how = [module.policy.name, module.normalization, module.dial.list_length, module.exact, data.item_tokens]
     parts = {"weights": weights, "histories": [*whose, data.prompt], "items": which, "search": how}
-    return {name: _digest(values) for name, values in parts.items()}
-
-
-def _digest(values: list[Any]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for value in values:
-        digest.update(value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode())
-    return digest.hexdigest()
+    texts = {name: [v if isinstance(v, np.ndarray) else repr(v) for v in values] for name, values in parts.items()}
+    return {name: digest(*values) for name, values in texts.items()}

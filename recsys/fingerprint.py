@@ -28,14 +28,14 @@ def fingerprint(data: HistoryDataModule, tokenizer: Any) -> dict[str, str]:
     entries = np.array([str(entry) for entry in data.entries], dtype=object)
     vocabulary = sorted(tokenizer.get_vocab().items())
     found = {
-        "catalogue": f"{len(catalog)} items, {_digest(ids, *catalog.titles)}",
+        "catalogue": f"{len(catalog)} items, {_short(ids, *catalog.titles)}",
         "interactions": f"{len(rows.items)} interactions, "
-        + _digest(rows.users, ids[rows.items], pd.util.hash_array(entries)[rows.entry]),
+        + _short(rows.users, ids[rows.items], pd.util.hash_array(entries)[rows.entry]),
         "split": f"{data.split} {'/'.join(str(len(part)) for part in parts)}, fresh_share {data.fresh_share:g}, "
-        + _digest(*parts),
+        + _short(*parts),
         "seed": str(data.seed),
         "tokenizer": f"{len(vocabulary)} tokens, "
-        + _digest(str(vocabulary), str(tokenizer(_PROBE, add_special_tokens=False).input_ids)),
+        + _short(str(vocabulary), str(tokenizer(_PROBE, add_special_tokens=False).input_ids)),
     }
     return found | {f"prompt.{name}": repr(value) for name, value in asdict(data.prompt).items()}
 
@@ -86,8 +86,13 @@ def report_changes(saved: dict[str, str], present: dict[str, str]) -> None:
         rank_zero_info("Resumes with " + ", ".join(f"{n} {present.get(n)} (was {saved.get(n)})" for n in changed))
 
 
-def _digest(*parts: Any) -> str:
-    digest = hashlib.sha256()
+def digest(*parts: np.ndarray | str) -> str:
+    """Return a text of 64 digits that differs where the parts differ."""
+    made = hashlib.sha256()
     for part in parts:
-        digest.update(part.tobytes() if isinstance(part, np.ndarray) else part.encode() + b"\0")
-    return digest.hexdigest()[:8]
+        made.update(part.tobytes() if isinstance(part, np.ndarray) else part.encode() + b"\0")
+    return made.hexdigest()
+
+
+def _short(*parts: np.ndarray | str) -> str:
+    return digest(*parts)[:8]  # a person compares them
