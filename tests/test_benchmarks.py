@@ -212,22 +212,23 @@ def test_compare_gives_each_variant_the_stretches_that_fit_the_time(
     assert Path("runs/sweep/curve.png").stat().st_size > 10_000
 
 
-def test_compare_takes_a_second_config(benchmark_main, monkeypatch: pytest.MonkeyPatch, capsys):
+@pytest.mark.parametrize("data", ["ml-1m", "amazon-games"])
+def test_compare_takes_a_second_config(benchmark_main, data: str, monkeypatch: pytest.MonkeyPatch, capsys):
     benchmark_main("compare")
     folder = Path(__file__).parents[1] / "benchmarks"
-    command = ["compare.py", *(f"--config={folder / name}.yaml" for name in ("window", "ml-1m"))]
+    command = ["compare.py", *(f"--config={folder / name}.yaml" for name in ("window", data))]
     monkeypatch.setattr(sys, "argv", [*command, "--print_config"])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(folder / "compare.py"), run_name="__main__")
     assert ended.value.code == 0
     config = yaml.safe_load(capsys.readouterr().out)
-    first, second = (yaml.safe_load((folder / f"{name}.yaml").read_text()) for name in ("window", "ml-1m"))
+    first, second = (yaml.safe_load((folder / f"{name}.yaml").read_text()) for name in ("window", data))
     assert config["out"] == second["out"]
     assert config["fit"] == first["fit"] + second["fit+"]
 
 
 @pytest.mark.usefixtures("one_parser")
-@pytest.mark.parametrize("names", [["normalization"], ["synthetic"], ["window", "ml-1m"]])
+@pytest.mark.parametrize("names", [["normalization"], ["synthetic"], ["window", "ml-1m"], ["window", "amazon-games"]])
 def test_compared_variants_are_configs_that_measure_what_is_shown_and_all_different(
     benchmark_main, names: list[str], monkeypatch: pytest.MonkeyPatch, capsys
 ):
