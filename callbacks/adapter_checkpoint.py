@@ -127,9 +127,17 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last, as a validation may take long."""
-        if not trainer.sanity_checking:
+        if trainer.state.fn != "fit":
+            self._end_at_once(trainer)
+        elif not trainer.sanity_checking:
             self._validating = True
             self._renew_last(trainer)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Have SIGTERM end the process, as there is nothing to save."""
+        self._end_at_once(trainer)
+
+    on_predict_start = on_test_start
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the best and the last."""
@@ -170,6 +178,18 @@ class AdapterCheckpoint(ModelCheckpoint):
         """Only take note of SIGTERM. Lightning's handler broadcasts, also within another exchange of the processes."""
         if trainer.world_size > 1 and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._ask)
+
+    def _end_at_once(self, trainer: Any) -> None:
+        """Have SIGTERM end this process and those that it started. Lightning's handler is not heeded in a prediction."""
+
+        def end(number: int, frame: Any) -> None:
+            launcher = trainer.strategy.launcher
+            if launcher is not None:
+                launcher.kill(number)
+            raise SIGTERMException
+
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, end)
 
     def _ask(self, *args: Any) -> None:
         self._asked = True

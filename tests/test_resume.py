@@ -172,6 +172,25 @@ def test_sigterm_saves_and_exits_with_143(place, small, tmp_path: Path, monkeypa
     assert list(tmp_path.glob("checkpoints/debug/version_0/last.ckpt"))
 
 
+@pytest.mark.parametrize("subcommand", ["validate", "test", "predict"])
+def test_sigterm_ends_what_only_ranks(subcommand: str, small, tmp_path: Path, monkeypatch) -> None:  # noqa: F811
+    run = [config("debug.yaml"), *small, "--data.eval_batch_size=2"]
+    main(["fit", *run])
+    begun = []
+
+    def stop(self, trainer, module, batch, number, *args) -> None:
+        begun.append(number)
+        kill(signal.SIGTERM)()
+
+    hook = {"validate": "validation"}.get(subcommand, subcommand)
+    monkeypatch.setattr(BeamNegatives, f"on_{hook}_batch_start", stop, raising=False)
+    with pytest.raises(SystemExit) as ended:
+        main([subcommand, *run, "--ckpt_path=last"])
+    assert ended.value.code == 143
+    assert begun == [0]
+    assert not list(tmp_path.rglob("predictions.*"))
+
+
 def test_sigterm_ends_all_processes(small, tmp_path: Path) -> None:  # noqa: F811
     """Lightning's own handler broadcasts wherever the process is, and waits for ever."""
     args = ["fit", config("debug.yaml"), *small, "--trainer.strategy=ddp", "--trainer.devices=2"]
