@@ -1,4 +1,4 @@
-"""What the data costs: seconds to prepare it, and tokens per second of the loader alone.
+"""What the data costs: seconds and memory to prepare it, and tokens per second of the loader alone.
 
     python benchmarks/loader.py --data configs/data/movielens100k.yaml
 
@@ -7,6 +7,8 @@ keeps the model waiting. Padding counts as no token.
 """
 
 from __future__ import annotations
+
+import resource
 
 import jsonargparse
 from measure import timed
@@ -35,7 +37,8 @@ def main(data: HistoryDataModule, stretches: int = 2_000) -> None:
     loading, _ = timed(data.load)
     tokenizing, _ = timed(data.tokenize, tokenizer)
     print(f"{len(data.catalog)} items, {len(data.histories.items)} interactions")
-    print(f"load {loading:.2f} s, tokenise {tokenizing:.2f} s")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"load {loading:.2f} s, tokenise {tokenizing:.2f} s, at most {peak:.1f} GB of memory")
     dataset = data.dataset(data.plan(0, warm_start=False), warm_start=False)
     loader = DataLoader(dataset, batch_size=None, num_workers=data.num_workers)
     seconds, (real, padded) = timed(tokens_of, loader)

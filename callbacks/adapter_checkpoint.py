@@ -180,7 +180,7 @@ class AdapterCheckpoint(ModelCheckpoint):
             signal.signal(signal.SIGTERM, self._ask)
 
     def _end_at_once(self, trainer: Any) -> None:
-        """Have SIGTERM end this process and those that it started. Lightning's handler is not heeded in a prediction."""
+        """Have SIGTERM end this process and those that it started; a prediction does not heed Lightning's handler."""
 
         def end(number: int, frame: Any) -> None:
             launcher = trainer.strategy.launcher

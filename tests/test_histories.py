@@ -169,6 +169,18 @@ def test_target_in_its_own_history_is_kept_and_counted():
     assert data.describe()["target_in_history_share"] == pytest.approx(2 / 3)
 
 
+def test_targets_in_histories_are_counted_part_by_part(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("recsys.data.histories._EVENTS", 7)
+    rng = np.random.default_rng(0)
+    log = [(int(u), int(rng.integers(6)), t) for t, u in enumerate(rng.integers(0, 9, 100))] + [(9, 1, 0), (9, 1, 1)]
+    found, seen = 0, set()
+    for user, item, _ in sorted(log, key=lambda event: event[2]):
+        found += (user, item) in seen
+        seen.add((user, item))
+    data = histories(log)
+    assert data.describe()["target_in_history_share"] == pytest.approx(found / data.describe()["rows"])
+
+
 def test_describe_counts_what_was_dropped():
     data = histories([(0, i, i) for i in range(5)] + [(1, 0, 0), (2, 0, 0)])
     assert data.describe() == {

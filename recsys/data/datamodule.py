@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
@@ -128,9 +129,12 @@ class HistoryDataModule(LightningDataModule):
         self.catalog = Catalog(data.items[Columns.ITEM].tolist(), data.items[Columns.TITLE].tolist())
         user, user_ids = pd.factorize(log[Columns.USER])
         self.user_ids = user_ids.astype(object)
-        item = self.catalog.index_of(log[Columns.ITEM])
+        user, item = user.astype(np.int32), self.catalog.index_of(log[Columns.ITEM]).astype(np.int32)
         entry, self.entries = write_entries(self.prompt, data, item)
-        self.histories = Histories(user, item, log[Columns.TIME].to_numpy(), self.split, entry)
+        time = log[Columns.TIME].to_numpy()
+        del data, log  # tens of bytes an event, which the sorting needs; Arrow keeps as many that it does not use
+        pa.default_memory_pool().release_unused()
+        self.histories = Histories(user, item, time, self.split, entry)
         dropped = {f"dropped_{name}": n for name, n in self.dropped.items()}
         counts = {"items": len(self.catalog)} | self.histories.describe() | dropped
         shown = (f"{name} {n:.3f}" if isinstance(n, float) else f"{name} {n:,}" for name, n in counts.items())

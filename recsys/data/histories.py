@@ -11,6 +11,7 @@ import pandas as pd
 from recsys.types import UserError
 
 Split = Literal["temporal", "leave_one_out"]
+_EVENTS = 1_000_000  # looked through at a time, or those of one user if they are more
 
 
 class Histories:
@@ -52,23 +53,26 @@ class Histories:
         split: Split = "temporal",
         entry: np.ndarray | None = None,
     ) -> None:
-        by_time = np.argsort(time, kind="stable")  # equal times keep the order of the file
-        by_user = np.argsort(user[by_time], kind="stable")  # [E] place in time of each event
+        # Each array counts at 20 million events: places in file and time take 32 bits, and what is done with goes.
+        by_time = np.argsort(time, kind="stable").astype(np.int32)  # equal times keep the order of the file
+        by_user = np.argsort(user[by_time], kind="stable").astype(np.int32)  # [E] place in time of each event
         order = by_time[by_user]
+        del by_time
         self.users = user[order].astype(np.int64)
         self.items = item[order].astype(np.int64)
         self.entry = np.zeros(len(order), dtype=np.int32) if entry is None else entry[order].astype(np.int32)
-        event = np.arange(len(order))
         changes = self.users[1:] != self.users[:-1]
         first = np.append(True, changes)[: len(order)]  # the cut matters when there is no event at all
         last = np.append(changes, True)[: len(order)]
-        self.user_start = np.maximum.accumulate(np.where(first, event, 0))
+        self.user_start = np.where(first, np.arange(len(order)), 0)
+        np.maximum.accumulate(self.user_start, out=self.user_start)
         time = time[order]
         self._equal_times = int((~first[1:] & (time[1:] == time[:-1])).sum())
 
         in_time = np.empty_like(by_user)  # [E] events in the order of time
-        in_time[by_user] = event
-        rows = in_time[~first[in_time]]
+        in_time[by_user] = np.arange(len(order), dtype=np.int32)
+        rows = in_time[~first[in_time]].astype(np.int64)
+        del in_time
         if split == "temporal":
             held_out = max(1, len(rows) // 10)
             parts = np.split(rows, [max(0, len(rows) - 2 * held_out), max(0, len(rows) - held_out)])
@@ -134,7 +138,10 @@ class Histories:
         """Counts of events, of what was dropped and of the rows; shares are fractions of the rows."""
         position = np.arange(len(self.users)) - self.user_start  # of each event among its user's
         users, rows = int((position == 0).sum()), int((position > 0).sum())
-        repeated = pd.Series(self.users * (self.items.max() + 1) + self.items).duplicated()
+        size, repeated = self.items.max() + 1, 0
+        edges = [*np.unique(self.user_start[::_EVENTS]).tolist(), len(self.users)]
+        for part in (slice(*edge) for edge in pairwise(edges)):  # whole users
+            repeated += int(pd.Series(self.users[part] * size + self.items[part]).duplicated().sum())
         return {
             "interactions": len(self.users),
             "users": users,
@@ -144,7 +151,7 @@ class Histories:
             "val_rows": len(self.val),
             "test_rows": len(self.test),
             "equal_time_share": self._equal_times / rows,
-            "target_in_history_share": int(repeated.sum()) / rows,
+            "target_in_history_share": repeated / rows,
         }
 
 

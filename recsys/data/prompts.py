@@ -156,6 +156,8 @@ def write_entries(
             columns[field] = codes[item], list(values)
         else:  # 4.0 as 4, and no more digits than float32 has
             columns[field] = codes, [f"{value:.7g}" for value in values]
+    if not columns:
+        return np.zeros(len(item), dtype=np.int32), [_around_title(template.entry, {})]
     number = np.zeros(len(item), dtype=np.int64)  # [E] number of the event's combination of values, -1 = incomplete
     for codes, texts in columns.values():
         number = np.where((number < 0) | (codes < 0), -1, number * len(texts) + codes)
@@ -164,10 +166,13 @@ def write_entries(
     for event in examples:
         complete = number[event] >= 0
         shown = {field: texts[codes[event]] for field, (codes, texts) in columns.items()} if complete else {}
-        text = template.entry if complete else _TITLE
-        before, after = (_fill(part, shown) for part in text.split(_TITLE))
-        pairs.append((before, after))
+        pairs.append(_around_title(template.entry if complete else _TITLE, shown))
     return entry.astype(np.int32), pairs
+
+
+def _around_title(text: str, values: dict[str, str]) -> tuple[str, str]:
+    before, after = (_fill(part, values) for part in text.split(_TITLE))
+    return before, after
 
 
 def _fill(text: str, values: dict[str, str]) -> str:
