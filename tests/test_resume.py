@@ -295,12 +295,14 @@ def test_what_is_not_finite_is_not_saved(tables, tmp_path: Path, monkeypatch) ->
     assert not list(run.checkpoints.glob("best-*"))
 
 
-def test_the_last_is_saved_by_time(tables, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("minutes", "steps", "saved"), [(1e-9, None, 3), (None, 2, 2)])
+def test_the_last_is_saved_by_time_and_by_steps(tables, tmp_path: Path, minutes, steps, saved: int) -> None:
     run = Run(tables, tmp_path, model=POLICY, callbacks=[At("on_train_batch_start", 3, fail)], **QUICK)
-    run.checkpoint.every_n_minutes, run.checkpoint.save_on_exception = 1e-9, False
+    run.checkpoint.every_n_minutes, run.checkpoint.every_n_steps = minutes, steps
+    run.checkpoint.save_on_exception = False
     with pytest.raises(KeyError):
         run.fit()
-    assert loaded(run.checkpoints / "last.ckpt")["global_step"] == 3
+    assert loaded(run.checkpoints / "last.ckpt")["global_step"] == saved
 
 
 @pytest.mark.parametrize("mode", ["beam", "mixed"])
