@@ -34,7 +34,7 @@ from recsys.data import HistoryDataModule
 from recsys.functional import gate_open
 from recsys.groups import Groups
 from recsys.module import Recommender
-from recsys.objectives import GroupObjective, SupervisedFineTuning, TAWin
+from recsys.objectives import GroupObjective, StepContext, SupervisedFineTuning, TAWin
 from recsys.search import beam_search
 from recsys.tree import Places, TokenTree
 from recsys.types import Batch
@@ -173,7 +173,7 @@ class Comparison:
 
     def step(self, objective: Any, batch: Batch, groups: Groups | None) -> None:
         """Take an optimiser step."""
-        objective.step(self.model.engine, batch, groups, self.model.dial.window)["loss"].backward()
+        objective.step(self.model.engine, batch, StepContext(groups, self.model.dial.window))["loss"].backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from callbacks.beam_negatives import BeamNegatives, best_others
 from recsys.functional import windowed_partial_auc
 from recsys.module import Recommender
-from recsys.objectives import GroupObjective
+from recsys.objectives import GroupObjective, StepContext
 from recsys.search import best_first_search
 from recsys.tree import Places
 from recsys.types import Batch
@@ -100,7 +100,7 @@ def gradients(
         with torch.no_grad():
             found = negatives.groups_of(model, batch, generator).groups
             found = found[found.row.argsort()]
-        parts = objective.step(model.engine, batch, found, model.dial.window)
+        parts = objective.step(model.engine, batch, StepContext(found, model.dial.window))
         count = int((batch.event >= 0).sum())
         for loss, halves in zip((parts["policy_loss"], parts["anchor"]), sums, strict=True):
             if loss.requires_grad:

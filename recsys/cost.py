@@ -23,7 +23,7 @@ from callbacks.beam_negatives import BeamNegatives
 from recsys.data import HistoryDataModule, plan_batches
 from recsys.groups import Groups
 from recsys.module import Recommender
-from recsys.objectives import Objective
+from recsys.objectives import Objective, StepContext
 from recsys.types import Batch, UserError
 
 SAMPLE = 3  # batches of each kind of work that are done, beside the largest
@@ -161,7 +161,7 @@ class RunCost:
 
     def _step(self, objective: Objective, batch: Batch, groups: Groups | None) -> None:
         """Take an optimiser step at a learning rate of 0."""
-        objective.step(self.model.engine, batch, groups, self.model.dial.window)["loss"].backward()
+        objective.step(self.model.engine, batch, StepContext(groups, self.model.dial.window))["loss"].backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 

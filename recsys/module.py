@@ -22,7 +22,7 @@ from recsys.evaluation import Evaluation, logged_names
 from recsys.fingerprint import check_fingerprint, fingerprint, report_changes, settings_of
 from recsys.groups import Groups, GroupSource
 from recsys.logprobs import Normalization
-from recsys.objectives import Counts, GroupObjective, Objective, SupervisedFineTuning
+from recsys.objectives import Counts, GroupObjective, Objective, StepContext, SupervisedFineTuning
 from recsys.phase import Phase
 from recsys.policy import Policy
 from recsys.runs import check_checkpoint
@@ -267,7 +267,8 @@ class Recommender(lightning.LightningModule):
         phase = self.phase_at(self.current_epoch)
         progress = phase.progress(self._place(batch_idx)) or 0.0
         counts, share = self._counts(batch_idx)
-        parts = phase.objective.step(self.engine, batch, self.groups, self.dial.window, progress, counts)
+        context = StepContext(self.groups, self.dial.window, progress, counts)
+        parts = phase.objective.step(self.engine, batch, context)
         if not bool(parts["loss"].isfinite()):
             raise UserError(self._not_finite(parts["loss"], batch))
         self.log_dict({f"train/{name}": value.detach() for name, value in parts.items()}, batch_size=len(batch))

@@ -17,6 +17,7 @@ from recsys.objectives import (
     ScoredGroups,
     SoftmaxAtK,
     SoftmaxDPO,
+    StepContext,
     SupervisedFineTuning,
     TAWin,
 )
@@ -226,7 +227,7 @@ def step_on_a_batch(tables, folder: Path, objective: GroupObjective) -> tuple[Ru
         return hidden(tokens, *args, **kwargs)
 
     run.model.policy.hidden = counted
-    parts = objective.step(engine, batch, run.model.groups, run.model.dial.window)
+    parts = objective.step(engine, batch, StepContext(run.model.groups, run.model.dial.window))
     run.model.policy.hidden = hidden
     return run, parts, passes, batch
 
@@ -237,7 +238,8 @@ def test_the_anchor_is_the_mean_nll_of_every_title_in_the_batch(tables, tmp_path
     """Against one full row through the model for each title, also of rows without a group."""
     objective = make(anchor_coef=0.3, train_missed=train_missed)
     run, parts, passes, batch = step_on_a_batch(tables, tmp_path, objective)
-    plain = make(train_missed=train_missed).step(run.model.engine, batch, run.model.groups, run.model.dial.window)
+    context = StepContext(run.model.groups, run.model.dial.window)
+    plain = make(train_missed=train_missed).step(run.model.engine, batch, context)
     policy, sequences = run.model.policy, run.data.item_tokens
     nll, titles = 0.0, 0
     with torch.no_grad():
@@ -325,7 +327,7 @@ def test_softmax_at_k_takes_the_kth_best_score_of_the_last_search(tables, tmp_pa
         return hidden(tokens, *args, **kwargs)
 
     policy.hidden = counted
-    parts = run.model.objective.step(run.model.engine, batch, groups, run.model.dial.window)
+    parts = run.model.objective.step(run.model.engine, batch, StepContext(groups, run.model.dial.window))
     policy.hidden = hidden
     assert passes == [prompts]
     losses = []

@@ -1,6 +1,13 @@
 """What a phase of training optimises: supervised fine-tuning, or a loss on groups (a positive and n negatives)."""
 
-from recsys.objectives.base import Counts, GroupObjective, Objective, ScoredGroups, SupervisedFineTuning
+from recsys.objectives.base import (
+    Counts,
+    GroupObjective,
+    Objective,
+    ScoredGroups,
+    StepContext,
+    SupervisedFineTuning,
+)
 from recsys.objectives.policy import GRPO, TAWin
 from recsys.objectives.rivals import LLPAUC, SoftmaxAtK, SoftmaxDPO
 
@@ -13,6 +20,7 @@ __all__ = [
     "ScoredGroups",
     "SoftmaxAtK",
     "SoftmaxDPO",
+    "StepContext",
     "SupervisedFineTuning",
     "TAWin",
 ]

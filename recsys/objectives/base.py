@@ -32,6 +32,23 @@ class Counts:
         return cls((batch.titles >= 0).sum(), (batch.event >= 0).sum())
 
 
+@dataclass
+class StepContext:
+    """What a step knows besides its batch.
+
+    Args:
+        groups: Of the batch's rows; None in a supervised phase.
+        window: The window of WPAUC.
+        progress: Share of the phase that is done, in [0, 1].
+        counts: What the means are over; None is the batch.
+    """
+
+    groups: Groups | None
+    window: ResolvedWindow
+    progress: float = 0.0
+    counts: Counts | None = None
+
+
 class Objective:
     """Base of all objectives.
 
@@ -44,24 +61,13 @@ class Objective:
     def __init__(self, learning_rate: float) -> None:
         self.learning_rate = learning_rate
 
-    def step(
-        self,
-        engine: TreeEngine,
-        batch: Batch,
-        groups: Groups | None,
-        window: ResolvedWindow,
-        progress: float = 0.0,
-        counts: Counts | None = None,
-    ) -> dict[str, Tensor]:
+    def step(self, engine: TreeEngine, batch: Batch, context: StepContext) -> dict[str, Tensor]:
         """Score a batch with gradients.
 
         Args:
             engine: Of the policy that is trained.
             batch: B stretches.
-            groups: Of the batch's rows; None in a supervised phase.
-            window: The window of WPAUC.
-            progress: Share of the phase that is done, in [0, 1].
-            counts: What the means are over; null is the batch.
+            context: What else the step knows.
 
         Returns:
             The ``loss``, and under other names what is to be logged, scalars all.
@@ -95,19 +101,11 @@ class SupervisedFineTuning(Objective):
     def __init__(self, learning_rate: float = 1e-3) -> None:
         super().__init__(learning_rate)
 
-    def step(
-        self,
-        engine: TreeEngine,
-        batch: Batch,
-        groups: Groups | None,
-        window: ResolvedWindow,
-        progress: float = 0.0,
-        counts: Counts | None = None,
-    ) -> dict[str, Tensor]:
+    def step(self, engine: TreeEngine, batch: Batch, context: StepContext) -> dict[str, Tensor]:
         """Return the mean negative log-likelihood per title."""
         hidden = engine.hidden(batch.tokens)
         logprobs = engine.head.title_logprobs(hidden, batch.titles, batch.start)  # 0 where there is no title
-        return {"loss": -logprobs.sum() / (counts or Counts.of(batch)).titles}
+        return {"loss": -logprobs.sum() / (context.counts or Counts.of(batch)).titles}
 
 
 @dataclass
@@ -178,23 +176,16 @@ class GroupObjective(Objective):
         """Return the ``loss`` of each group, and under other names what is to be logged, each ``[R]``."""
         raise NotImplementedError
 
-    def step(
-        self,
-        engine: TreeEngine,
-        batch: Batch,
-        groups: Groups | None,
-        window: ResolvedWindow,
-        progress: float = 0.0,
-        counts: Counts | None = None,
-    ) -> dict[str, Tensor]:
+    def step(self, engine: TreeEngine, batch: Batch, context: StepContext) -> dict[str, Tensor]:
         """Return means over the rows of the batch, to which one without a group adds nothing, and the anchor.
 
         One pass scores the titles in the stretches, the positives among them, and at each place of a positive the
         negatives of its group. Without an anchor a stretch that has no group is left out.
         """
+        groups = context.groups
         assert groups is not None  # Recommender made sure of a GroupSource
-        anchor = self.anchor_coef + progress * (self.anchor_end - self.anchor_coef)
-        counts = counts or Counts.of(batch)
+        anchor = self.anchor_coef + context.progress * (self.anchor_end - self.anchor_coef)
+        counts = context.counts or Counts.of(batch)
         index, grouped = groups.find(batch.event)
         grouped &= batch.event >= 0
         if not anchor:
@@ -207,7 +198,7 @@ class GroupObjective(Objective):
         titles = engine.head.title_logprobs(hidden, batch.titles, batch.start)
         scores = torch.cat([titles[at][:, None], negatives], 1)
         reference = None if groups.ref_logprobs is None else groups.ref_logprobs[index]
-        parts = self.loss(ScoredGroups(scores, groups.old_logprobs[index], reference, window))
+        parts = self.loss(ScoredGroups(scores, groups.old_logprobs[index], reference, context.window))
         means = {name: value.sum() / counts.rows for name, value in parts.items()}
         if anchor:
             means["anchor"] = -titles.sum() / counts.titles
