@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -195,7 +196,8 @@ def _default_model(cache_dir: str) -> Path:
     # Some releases of transformers leave GGUF weights packed where they have a kernel for them.
     config = getattr(transformers, "GgufConfig", None)
     options = {"quantization_config": config(dequantize=True)} if config else {}
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, **options)
+    with redirect_stderr(io.StringIO()):  # its bar, of three seconds, fills a file with what it writes over
+        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, **options)
     # The weights are plain now, but the model still says that they are GGUF, and save_pretrained refuses that.
     for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer")):
         if hasattr(owner, name):
