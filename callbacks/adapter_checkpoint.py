@@ -154,6 +154,15 @@ class AdapterCheckpoint(ModelCheckpoint):
         """Save the last."""
         self._renew_last(trainer)
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say where the best and the last are."""
+        if not self._saves(trainer) or not trainer.is_global_zero:
+            return
+        best = "" if self.best_model_score is None else f"best by {self.monitor} {self.best_model_score:.4f}"
+        for name, path in ((best, self.best_model_path), ("last", self.last_model_path)):
+            if path:
+                print(f"{name}: {_shown(Path(path))}", flush=True)
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save the last, if the weights are worth it. What fails here must not hide the exception."""
         try:
@@ -274,3 +283,7 @@ class AdapterCheckpoint(ModelCheckpoint):
 
 def _adapter_folder(filepath: str) -> Path:
     return Path(filepath).with_suffix(".adapter")
+
+
+def _shown(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -137,8 +138,15 @@ def test_last_and_best_are_the_newest_run_s(small, tmp_path: Path, capsys) -> No
     for which in ("last", "best"):
         assert "no run below" in lines_of_failure(["validate", *run, f"--ckpt_path={which}"], capsys)
     main(["fit", *run])
+    capsys.readouterr()
     main(["fit", *run, "--trainer.max_epochs=1"])
+    printed = re.search(r"^best by val/wpauc (.*): (.*)\nlast: (.*)\n\Z", capsys.readouterr().out, re.M)
+    score, best, last = printed.groups()
     newest = tmp_path / "checkpoints/debug/version_1"
+    assert (tmp_path / last) == newest / "last.ckpt"
+    assert (tmp_path / best).parent == newest
+    trained = [path for path in (tmp_path / "runs/debug/version_1/ranks").iterdir() if path.name != "step0.parquet"]
+    assert float(score) == pytest.approx(max(pd.read_parquet(p)["wpauc"].mean() for p in trained), abs=1e-4)
     shutil.copytree(newest, tmp_path / "checkpoints/other/version_7")  # of another name
     capsys.readouterr()
     main(["validate", *run, "--ckpt_path=last"])
