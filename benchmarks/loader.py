@@ -8,10 +8,8 @@ keeps the model waiting. Padding counts as no token.
 
 from __future__ import annotations
 
-import resource
-
 import jsonargparse
-from measure import timed
+from measure import Memory, timed
 from torch.utils.data import DataLoader
 
 from recsys.data import HistoryDataModule
@@ -34,11 +32,11 @@ def main(data: HistoryDataModule, stretches: int = 2_000) -> None:
     """
     data.policy_stretches = stretches
     tokenizer = LLMPolicy().tokenizer
-    loading, _ = timed(data.load)
+    with Memory() as memory:
+        loading, _ = timed(data.load)
     tokenizing, _ = timed(data.tokenize, tokenizer)
     print(f"{len(data.catalog)} items, {len(data.histories.items)} interactions")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"load {loading:.2f} s, tokenise {tokenizing:.2f} s, at most {peak:.1f} GB of memory")
+    print(f"load {loading:.2f} s and {memory.bytes / 1e9:.2f} GB at the peak, tokenise {tokenizing:.2f} s")
     dataset = data.dataset(data.plan(0, warm_start=False), warm_start=False)
     loader = DataLoader(dataset, batch_size=None, num_workers=data.num_workers)
     seconds, (real, padded) = timed(tokens_of, loader)

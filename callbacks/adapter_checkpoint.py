@@ -6,6 +6,7 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -185,8 +186,8 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     def _listen(self, trainer: Trainer) -> None:
         """Only take note of SIGTERM. Lightning's handler broadcasts, also within another exchange of the processes."""
-        if trainer.world_size > 1 and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._ask)
+        if trainer.world_size > 1:
+            _on_sigterm(self._ask)
 
     def _end_at_once(self, trainer: Any) -> None:
         """Have SIGTERM end this process and those that it started; a prediction does not heed Lightning's handler."""
@@ -197,8 +198,7 @@ class AdapterCheckpoint(ModelCheckpoint):
                 launcher.kill(number)
             raise SIGTERMException
 
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, end)
+        _on_sigterm(end)
 
     def _ask(self, *args: Any) -> None:
         self._asked = True
@@ -283,6 +283,11 @@ class AdapterCheckpoint(ModelCheckpoint):
 
 def _adapter_folder(filepath: str) -> Path:
     return Path(filepath).with_suffix(".adapter")
+
+
+def _on_sigterm(handler: Callable[[int, Any], None]) -> None:
+    if threading.current_thread() is threading.main_thread():  # no other may
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _shown(path: Path) -> Path:
