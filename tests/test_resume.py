@@ -144,7 +144,7 @@ def test_last_and_best_are_the_newest_run_s(small, tmp_path: Path, capsys) -> No
     score, best, last = printed.groups()
     newest = tmp_path / "checkpoints/debug/version_1"
     assert (tmp_path / last) == newest / "last.ckpt"
-    assert (tmp_path / best).parent == newest
+    assert [tmp_path / best] == list(newest.glob("best-*.ckpt"))
     trained = [path for path in (tmp_path / "runs/debug/version_1/ranks").iterdir() if path.name != "step0.parquet"]
     assert float(score) == pytest.approx(max(pd.read_parquet(p)["wpauc"].mean() for p in trained), abs=1e-4)
     shutil.copytree(newest, tmp_path / "checkpoints/other/version_7")  # of another name
