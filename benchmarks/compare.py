@@ -21,10 +21,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jsonargparse
 import numpy as np
@@ -34,8 +34,6 @@ from report import differences, levels, read, write_curve
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 WARM_START = "warm start"
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -155,14 +153,26 @@ class Sweep:
     fit: tuple[str, ...]
     variants: dict[str, Variant]
     seeds: tuple[int, ...]
-    start: dict[int, Path]  # checkpoint of each seed's warm start
+    warm: dict[int, Run]  # each seed's warm start
     epochs: int  # of the warm start
     seconds: float | None
-    jobs: int
+    pool: Executor
+    started: dict[int, Future[None]] = field(default_factory=dict)
+
+    def warm_up(self) -> None:
+        """Begin the warm starts. A run waits for that of its own seed alone."""
+        self.started = {seed: self.pool.submit(run.train, None) for seed, run in self.warm.items()}
 
     def train(self, runs: Iterable[Run]) -> None:
         """Train, some at the same time."""
-        parallel(lambda run: run.train(self.start.get(run.seed)), runs, self.jobs)
+        parallel(self.pool, self._train, runs)
+
+    def _train(self, run: Run) -> None:
+        if run.seed in self.warm:
+            self.started[run.seed].result()  # begun before this, so that a job is left for it
+            run.train(self.warm[run.seed].checkpoint)
+        else:
+            run.train(None)
 
     def run(self, name: str, settings: dict[str, Any], seed: int, share: float = 1.0) -> Run:
         """Return a run with a share of the budget."""
@@ -251,19 +261,19 @@ def main(
         script, *arguments = (argument.replace("{folder}", folder) for argument in prepare)
         subprocess.run([sys.executable, Path(__file__).with_name(script), *arguments], check=True)
     shared = tuple(argument.replace("{folder}", folder) for argument in fit)
-    warm = [Run(root, WARM_START, (*shared, *(warm_start or [])), seed) for seed in seeds if warm_start is not None]
-    parallel(lambda run: run.train(None), warm, jobs)
-    start = {run.seed: run.checkpoint for run in warm}
-    sweep = Sweep(root, shared, compared, seeds, start, warm_start_epochs, seconds, jobs)
-    if seconds is not None:
-        sweep.train(sweep.pilot(name) for name in compared)
-    settings = choose(sweep, grid or [], rungs, tune, chosen or {})
-    print(f"chosen: {json.dumps(settings)}", flush=True)
-    table = {WARM_START: warm} if warm else {}
-    table |= {name: [sweep.run(name, settings[name], seed) for seed in seeds] for name in compared}
-    sweep.train(run for name in compared for run in table[name])
-    if test:
-        parallel(Run.test, [run for runs in table.values() for run in runs], jobs)
+    warm = {seed: Run(root, WARM_START, (*shared, *warm_start), seed) for seed in seeds if warm_start is not None}
+    with ThreadPoolExecutor(jobs) as pool:
+        sweep = Sweep(root, shared, compared, seeds, warm, warm_start_epochs, seconds, pool)
+        sweep.warm_up()
+        if seconds is not None:
+            sweep.train(sweep.pilot(name) for name in compared)
+        settings = choose(sweep, grid or [], rungs, tune, chosen or {})
+        print(f"chosen: {json.dumps(settings)}", flush=True)
+        table = {WARM_START: list(warm.values())} if warm else {}
+        table |= {name: [sweep.run(name, settings[name], seed) for seed in seeds] for name in compared}
+        sweep.train(run for name in compared for run in table[name])
+        if test:
+            parallel(pool, Run.test, (run for runs in table.values() for run in runs))
     ranks = {name: read([run.ranks(test) for run in runs]) for name, runs in table.items()}
     first = against or (next(iter(ranks)),)
     text = [costs(table), levels(ranks, cutoffs), *(differences(ranks, name, cutoffs) for name in first)]
@@ -302,16 +312,15 @@ def choose(
     return {name: found[variant.like or name] for name, variant in sweep.variants.items()}
 
 
-def parallel(function: Callable[[T], None], tasks: Iterable[T], jobs: int) -> None:
-    """Call the function on every task, some at the same time, and stop at the first error."""
-    with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(function, task) for task in tasks]
-        try:
-            for future in as_completed(futures):
-                future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+def parallel(pool: Executor, function: Callable[[Run], None], runs: Iterable[Run]) -> None:
+    """Call the function on every run in the pool, which begins nothing more after the first error."""
+    futures = [pool.submit(function, run) for run in runs]
+    try:
+        for future in as_completed(futures):
+            future.result()
+    except BaseException:
+        pool.shutdown(cancel_futures=True)
+        raise
 
 
 def costs(runs: dict[str, list[Run]]) -> str:

@@ -9,10 +9,12 @@ Two distributions over items:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding, linear
 from torch.utils.checkpoint import checkpoint
 
 from recsys.policy import Policy
@@ -35,6 +37,24 @@ def check_vocabulary(policy: Policy, tokens: Tensor) -> None:
         )
 
 
+def _logsumexp(value: Tensor, row: Tensor, rows: int) -> Tensor:
+    """Return ``[rows]`` the log-sum-exp of the values ``[E]`` of each row ``[E]``."""
+    top = value.new_full((rows,), -torch.inf).scatter_reduce(0, row, value.detach(), "amax")
+    return top + value.new_zeros(rows).index_add(0, row, (value - top[row]).exp()).log()
+
+
+def _in_chunks(function: Callable[..., Tensor], width: int, *rows: Tensor) -> Tensor:
+    """Return a function of rows that makes ``width`` logits of each, which are at no time more than MAX_LOGITS.
+
+    Those of a chunk are computed again in the backward pass.
+    """
+    size = max(1, MAX_LOGITS // width)
+    if len(rows[0]) <= size:
+        return function(*rows)
+    chunks = zip(*(part.split(size) for part in rows), strict=True)
+    return torch.cat([checkpoint(function, *chunk, use_reentrant=False) for chunk in chunks])
+
+
 class TrieHead:
     """The output head of a policy, asked for the children of trie nodes alone.
 
@@ -48,13 +68,16 @@ class TrieHead:
         self.policy = policy
         self.trie = trie
         self.normalization = normalization
+        tokens, known = trie.tokens[1:].long(), policy.head.weight.shape[0]
+        degree = trie.offsets.diff()
+        self.legal = torch.arange(known, device=tokens.device)
         if normalization == "trie":  # the head is needed only for tokens that compete somewhere
-            degree = trie.offsets.diff()
             competes = degree.repeat_interleave(degree) > 1  # of nodes 1 .. n - 1, by their parent
             competes[: degree[0]] = True  # the search always asks the root
-            self.legal = trie.tokens[1:][competes].unique().long()
-            self.column = torch.zeros(policy.head.weight.shape[0], dtype=torch.int64, device=self.legal.device)
-            self.column[self.legal] = torch.arange(len(self.legal), device=self.legal.device)
+            self.legal = tokens[competes].unique()
+        self.column = torch.zeros(known, dtype=torch.int64, device=tokens.device)
+        self.column[self.legal] = torch.arange(len(self.legal), device=tokens.device)
+        self.roots = self.column[tokens[: degree[0]]]  # columns of the root's children
 
     def predicts(self, node: Tensor) -> Tensor:
         """Return whether the step from each node to its child has a log-probability to compute, same shape."""
@@ -70,37 +93,76 @@ class TrieHead:
         Returns:
             ``[E]`` float32 log-probabilities, ``[E]`` child nodes, and ``[E]`` the row in ``node`` of each's parent.
         """
-        child, row = self.trie.children(node)
-        column = self.trie.tokens[child].long()
+        weight, bias = self._head()
+        size = max(1, MAX_LOGITS // len(weight))
+        parts = zip(hidden.split(size), node.split(size), strict=True)
+        found = [self._children(states, nodes, weight, bias) for states, nodes in parts]
+        if len(found) == 1:
+            return found[0]
+        logprobs, child, row = zip(*found, strict=True)
+        return torch.cat(logprobs), torch.cat(child), torch.cat([part + i * size for i, part in enumerate(row)])
+
+    def edge_logprobs(self, hidden: Tensor, node: Tensor, row: Tensor, child: Tensor) -> Tensor:
+        """Return log-probabilities of single edges, for training.
+
+        Most titles begin with one of thousands of tokens, and each is scored by one: the logits of the others are
+        needed for their sum alone, which the root's children make without being picked one by one.
+
+        Args:
+            hidden: ``[R, H]`` hidden states at the nodes.
+            node: ``[R]`` trie nodes.
+            row: ``[E]`` where in ``node`` each edge starts.
+            child: ``[E]`` the node that it leads to.
+
+        Returns:
+            ``[E]`` float32 log-probabilities.
+        """
+        weight, bias = self._head()
+        column = self.column[self.trie.tokens[child].long()]
+        hidden = hidden.float()
+        logits = (hidden[row] * embedding(column, weight)).sum(1)
+        if bias is not None:
+            logits = logits + bias[column]
+        return logits - self._log_total(hidden, node, weight, bias)[row]
+
+    def _head(self) -> tuple[Tensor, Tensor | None]:
+        """Return the output head's rows that are needed: bfloat16 would round a logit of 20 to steps of 1/8."""
         weight: Tensor = self.policy.head.weight
         bias: Tensor | None = self.policy.head.bias
-        if self.normalization == "trie":
-            column, weight, bias = self.column[column], weight[self.legal], None if bias is None else bias[self.legal]
-        # Float32 whatever the model computes in: bfloat16 rounds a logit of 20 to steps of 1/8.
-        whole = (weight.float(), None if bias is None else bias.float())
-        rows = max(1, MAX_LOGITS // len(weight))
-        if len(node) <= rows:
-            return self._logprobs(hidden, column, row, *whole), child, row
-        # The logits of a chunk are computed again in the backward pass: those of all rows would not fit into memory.
-        edges = [int(part.sum()) for part in self.trie.degree(node).split(rows)]
-        chunks = zip(hidden.split(rows), column.split(edges), (row % rows).split(edges), strict=True)
-        parts = [checkpoint(self._logprobs, *chunk, *whole, use_reentrant=False) for chunk in chunks]
-        return torch.cat(parts), child, row
+        if len(self.legal) < len(weight):
+            weight, bias = weight[self.legal], None if bias is None else bias[self.legal]
+        return weight.float(), None if bias is None else bias.float()
 
-    def _logprobs(self, hidden: Tensor, column: Tensor, row: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return ``[E]`` log-probabilities of the columns of the output head at the rows of ``hidden [R, H]``."""
-        logits = torch.nn.functional.linear(hidden.float(), weight, bias)
-        legal = logits[row, column]
+    def _children(
+        self, hidden: Tensor, node: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what :meth:`child_logprobs` does, for rows whose logits fit into memory."""
+        child, row = self.trie.children(node)
+        logits = linear(hidden.float(), weight, bias)
+        legal = logits[row, self.column[self.trie.tokens[child].long()]]
+        total = logits.logsumexp(1) if self.normalization == "vocab" else _logsumexp(legal, row, len(node))
+        return legal - total[row], child, row
+
+    def _log_total(self, hidden: Tensor, node: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return ``[R]`` the logarithm of what the exponentials of all logits that compete at each node add up to."""
+
+        def among_all(states: Tensor) -> Tensor:
+            return linear(states, weight, bias).logsumexp(1)
+
+        def among_firsts(states: Tensor) -> Tensor:
+            return linear(states, weight[self.roots], None if bias is None else bias[self.roots]).logsumexp(1)
+
+        def among_children(states: Tensor, nodes: Tensor) -> Tensor:
+            child, row = self.trie.children(nodes)
+            legal = linear(states, weight, bias)[row, self.column[self.trie.tokens[child].long()]]
+            return _logsumexp(legal, row, len(nodes))
+
         if self.normalization == "vocab":
-            return legal - logits.logsumexp(1)[row]
-        top = legal.new_full((len(hidden),), -torch.inf).scatter_reduce(0, row, legal.detach(), "amax")[row]
-        return legal - top - legal.new_zeros(len(hidden)).index_add(0, row, (legal - top).exp()).log()[row]
-
-    def _edge_logprobs(self, hidden: Tensor, node: Tensor, row: Tensor, child: Tensor) -> Tensor:
-        """Return ``[E]`` log-probabilities of the edges from ``node[row]`` to ``child``."""
-        logprobs, _, parent = self.child_logprobs(hidden, node)
-        first = torch.searchsorted(parent, row)  # of each node's children in the flat list
-        return logprobs[first + child - self.trie.offsets[node[row]].long()]
+            return _in_chunks(among_all, len(weight), hidden)
+        [first], [below] = (node == 0).nonzero(as_tuple=True), node.nonzero(as_tuple=True)
+        firsts = _in_chunks(among_firsts, len(self.roots), hidden[first])
+        others = _in_chunks(among_children, len(weight), hidden[below], node[below])
+        return hidden.new_zeros(len(node)).index_put((first,), firsts).index_put((below,), others)
 
     def _edges(self, path: Tensor) -> tuple[Tensor, Tensor]:
         """Return for each node of paths ``[..., D]`` its parent, and whether the step to it has a log-probability."""
@@ -118,7 +180,7 @@ class TrieHead:
         place, item, step = edge.nonzero(as_tuple=True)
         at = used.nonzero(as_tuple=True)
         row = row.gather(1, slot).view(edge.shape)
-        logprobs = self._edge_logprobs(hidden[at], node[at], row[place, item, step], tree.path[place, item, step])
+        logprobs = self.edge_logprobs(hidden[at], node[at], row[place, item, step], tree.path[place, item, step])
         scores = logprobs.new_zeros(tree.path.shape[:2])
         return scores.index_put((place, item), logprobs, accumulate=True)
 
@@ -138,5 +200,5 @@ class TrieHead:
         edge &= (titles >= 0)[..., None]
         user, title, step = at = edge.nonzero(as_tuple=True)
         row = torch.arange(len(user), device=user.device)
-        logprobs = self._edge_logprobs(hidden[user, start[user, title] - 1 + step], before[at], row, path[at])
+        logprobs = self.edge_logprobs(hidden[user, start[user, title] - 1 + step], before[at], row, path[at])
         return logprobs.new_zeros(titles.shape).index_put((user, title), logprobs, accumulate=True)

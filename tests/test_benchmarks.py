@@ -10,6 +10,7 @@ import runpy
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -301,8 +302,8 @@ def test_compare_starts_nothing_after_a_failure(benchmark_main):
             raise SystemExit("the run failed")
         time.sleep(1.5 if task == 0 else 0.3)
 
-    with pytest.raises(SystemExit, match="the run failed"):
-        sys.modules["compare"].parallel(run, range(10), jobs=2)
+    with pytest.raises(SystemExit, match="the run failed"), ThreadPoolExecutor(2) as pool:
+        sys.modules["compare"].parallel(pool, run, range(10))
     assert set(started) <= {0, 1, 2, 3}  # the failed run's place may be filled before the others are called off
 
 
