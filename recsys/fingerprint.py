@@ -30,7 +30,7 @@ def fingerprint(data: HistoryDataModule, tokenizer: Any) -> dict[str, str]:
     found = {
         "catalogue": f"{len(catalog)} items, {_short(ids, *catalog.titles)}",
         "interactions": f"{len(rows.items)} interactions, "
-        + _short(rows.users, ids[rows.items], pd.util.hash_array(entries)[rows.entry]),
+        + _short(rows.users.astype(np.int64), ids[rows.items], pd.util.hash_array(entries)[rows.entry]),
         "split": f"{data.split} {'/'.join(str(len(part)) for part in parts)}, fresh_share {data.fresh_share:g}, "
         + _short(*parts),
         "seed": str(data.seed),

@@ -105,8 +105,10 @@ def test_entries_follow_their_events():
     assert subject.items[subject.past(3, 2)].tolist() == subject.history(3, 2).tolist() == [3, 4]
 
 
-def test_a_leak_is_noticed():
+@pytest.mark.parametrize("events", [1, 2, 3, 1_000_000])
+def test_a_leak_is_noticed(events: int, monkeypatch: pytest.MonkeyPatch):
     """A time that is not a number has no place in the order; the other faults are put into the arrays by hand."""
+    monkeypatch.setattr("recsys.data.histories._EVENTS", events)
     with pytest.raises(RuntimeError, match="check that every time is a number"):
         Histories(np.zeros(5, dtype=int), np.arange(5), np.array([1.0, 2.0, np.nan, 3.0, 4.0]))
     good = {

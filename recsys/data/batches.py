@@ -97,7 +97,7 @@ class BatchDataset(Dataset[Batch]):
             for past, answer in zip(pasts, answers, strict=True)
         ]
         trained = [self._events(event, len(p.titles)) for event, p in zip(events, prompts, strict=True)]
-        return to_batch(np.maximum(rows, -1), prompts, trained, targets)
+        return to_batch(np.maximum(rows, -1), prompts, trained, targets.astype(np.int64))
 
     @cached_property
     def counts(self) -> np.ndarray:

@@ -33,10 +33,10 @@ class Histories:
         entry: [E] which text each event has in a prompt, see :func:`recsys.data.prompts.write_entries`; 0 by default.
 
     Attributes:
-        users: [E] int64, user of each sorted event.
-        items: [E] int64, catalogue index of each sorted event.
+        users: [E] int32, user of each sorted event.
+        items: [E] int32, catalogue index of each sorted event.
         entry: [E] int32, which text each sorted event has in a prompt.
-        user_start: [E] int64, index of the first event of the same user.
+        user_start: [E] int32, index of the first event of the same user.
         train: Train rows: event indices, int64, in the order of time, then file.
         val: The same for validation rows.
         test: The same for test rows.
@@ -53,25 +53,25 @@ class Histories:
         split: Split = "temporal",
         entry: np.ndarray | None = None,
     ) -> None:
-        # Each array counts at 20 million events: places in file and time take 32 bits, and what is done with goes.
+        # Each array counts at 20 million events: most take 32 bits, and what is done with goes.
         by_time = np.argsort(time, kind="stable").astype(np.int32)  # equal times keep the order of the file
         by_user = np.argsort(user[by_time], kind="stable").astype(np.int32)  # [E] place in time of each event
         order = by_time[by_user]
         del by_time
-        self.users = user[order].astype(np.int64)
-        self.items = item[order].astype(np.int64)
+        self.users = user[order].astype(np.int32, copy=False)
+        self.items = item[order].astype(np.int32, copy=False)
         self.entry = np.zeros(len(order), dtype=np.int32) if entry is None else entry[order].astype(np.int32)
         changes = self.users[1:] != self.users[:-1]
         first = np.append(True, changes)[: len(order)]  # the cut matters when there is no event at all
         last = np.append(changes, True)[: len(order)]
-        self.user_start = np.where(first, np.arange(len(order)), 0)
+        self.user_start = np.where(first, np.arange(len(order), dtype=np.int32), 0)
         np.maximum.accumulate(self.user_start, out=self.user_start)
         time = time[order]
         self._equal_times = int((~first[1:] & (time[1:] == time[:-1])).sum())
 
         in_time = np.empty_like(by_user)  # [E] events in the order of time
         in_time[by_user] = np.arange(len(order), dtype=np.int32)
-        rows = in_time[~first[in_time]].astype(np.int64)
+        rows = in_time[~first[in_time]]
         del in_time
         if split == "temporal":
             held_out = max(1, len(rows) // 10)
@@ -79,10 +79,12 @@ class Histories:
         else:
             is_test, is_val = last[rows], (~last & np.append(last[1:], False))[rows]
             parts = [rows[~is_test & ~is_val], rows[is_val], rows[is_test]]
-        self.train, self.val, self.test = parts
+        count = len(rows)
+        del rows
+        self.train, self.val, self.test = parts = [part.astype(np.int64) for part in parts]
         if not all(map(len, parts)):
             raise UserError(
-                f"{len(self.users)} interactions of {first.sum()} users make {len(rows)} rows with a history, of "
+                f"{len(self.users)} interactions of {first.sum()} users make {count} rows with a history, of "
                 f"which the {split} split leaves {len(self.train)} for training, {len(self.val)} for validation and "
                 f"{len(self.test)} for test; each needs at least one, so provide users with more interactions"
             )
@@ -141,7 +143,7 @@ class Histories:
         size, repeated = self.items.max() + 1, 0
         edges = [*np.unique(self.user_start[::_EVENTS]).tolist(), len(self.users)]
         for part in (slice(*edge) for edge in pairwise(edges)):  # whole users
-            repeated += int(pd.Series(self.users[part] * size + self.items[part]).duplicated().sum())
+            repeated += int(pd.Series(self.users[part].astype(np.int64) * size + self.items[part]).duplicated().sum())
         return {
             "interactions": len(self.users),
             "users": users,
@@ -170,11 +172,16 @@ def check_no_leak(
     Raises:
         RuntimeError: see above; a time that is not a number is a cause, the others are faults of this program.
     """
-    same_user = users[1:] == users[:-1]
-    later = (time[1:] > time[:-1]) | ((time[1:] == time[:-1]) & (place[1:] > place[:-1]))
-    own = (users[user_start] == users).all() and (user_start <= np.arange(len(users))).all()
-    apart = all(early.max() < late.min() for early, late in pairwise(parts))
-    if not ((later | ~same_user).all() and own and apart):
+    holds = all(early.max() < late.min() for early, late in pairwise(parts))
+    for first in range(0, len(users), _EVENTS):
+        before, after = slice(first, first + _EVENTS), slice(first + 1, first + _EVENTS + 1)
+        count = len(users[after])  # one less than before at the end
+        early, late = (tuple(array[part][:count] for array in (users, time, place)) for part in (before, after))
+        later = (late[1] > early[1]) | ((late[1] == early[1]) & (late[2] > early[2]))
+        own = users[user_start[before]] == users[before]
+        no_later = user_start[before] <= np.arange(first, first + len(own))
+        holds &= bool((later | (late[0] != early[0])).all() and own.all() and no_later.all())
+    if not holds:
         raise RuntimeError(
             "a prompt would hold its target, a later event or another user's event, or a train row lies in the "
             "held-out time; check that every time is a number"

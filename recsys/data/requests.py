@@ -33,7 +33,7 @@ class Requests:
 
     Attributes:
         user_ids: [R] object, whose history each is.
-        items: [E] int64, catalogue index of each event, oldest first within a history.
+        items: [E] integers, catalogue index of each event, oldest first within a history.
         entry: [E] which of the encoder's entries each has in a prompt.
         start: [R] int64, first event of each history.
         end: [R] int64, the event after its last.
@@ -59,7 +59,7 @@ class Requests:
 
     def __post_init__(self) -> None:
         known = self.row is not None
-        self.target = self.items[self.row] if known else np.full(len(self), -1)
+        self.target = self.items[self.row].astype(np.int64) if known else np.full(len(self), -1)
         self.parts = list(range(-(-len(self) // PART)))
 
     def __len__(self) -> int:
@@ -69,12 +69,12 @@ class Requests:
         """Return the items of the whole histories of requests ``row [B]``; none of -1, which fills up a batch.
 
         Returns:
-            [S] place in ``row``, and [S] catalogue index, of each event.
+            [S] place in ``row``, and [S] catalogue index, of each event, int64.
         """
         counts = np.where(row < 0, 0, self.end[row] - self.start[row])
         place = np.repeat(np.arange(len(row)), counts)
         event = np.arange(counts.sum()) + np.repeat(self.start[row] - (np.cumsum(counts) - counts), counts)
-        return place, self.items[event]
+        return place, self.items[event].astype(np.int64)
 
     def of_part(self, part: int) -> np.ndarray:
         """Return the requests of one part."""
@@ -105,7 +105,7 @@ class Requests:
             UserError: One of ``users`` is unknown.
         """
         log = data.histories
-        start = np.unique(log.user_start)
+        start = np.unique(log.user_start).astype(np.int64)
         end = np.append(start[1:], len(log.items))
         if users is None:
             user = log.users[start]
@@ -122,7 +122,7 @@ class Requests:
         """Ask for the target of each row of a split."""
         log, row = data.histories, data.evaluation_rows(part)
         ids = data.user_ids.to_numpy()[log.users[row]]
-        return cls(ids, log.items, log.entry, log.user_start[row], row, data.encoder, row=row)
+        return cls(ids, log.items, log.entry, log.user_start[row].astype(np.int64), row, data.encoder, row=row)
 
     @classmethod
     def of_file(cls, data: HistoryDataModule, path: str) -> Requests:
