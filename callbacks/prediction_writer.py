@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, Trainer
 from recsys.data import HistoryDataModule, Requests
 from recsys.data.requests import PART, read_ids
 from recsys.data.sources import Columns
-from recsys.fingerprint import digest
+from recsys.digest import digest
 from recsys.module import Recommender
 from recsys.paths import InputPath
 from recsys.recommendations import SUFFIXES, recommendations, schema_of, whole, write

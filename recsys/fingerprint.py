@@ -6,7 +6,6 @@ ranks with the weights needs the prompt and the tokenizer that they were trained
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict
 from typing import Any
 
@@ -15,6 +14,7 @@ import pandas as pd
 from lightning.pytorch.utilities import rank_zero_info
 
 from recsys.data import HistoryDataModule
+from recsys.digest import digest
 from recsys.types import UserError
 
 _PROBE = "Äpfel & 苹果's 1984,  \tThe  End\n<b>"  # what tokenizers with one vocabulary may split differently
@@ -84,14 +84,6 @@ def report_changes(saved: dict[str, str], present: dict[str, str]) -> None:
     changed = [n for n in saved | present if saved.get(n) != present.get(n)]
     if changed:
         rank_zero_info("Resumes with " + ", ".join(f"{n} {present.get(n)} (was {saved.get(n)})" for n in changed))
-
-
-def digest(*parts: np.ndarray | str) -> str:
-    """Return a text of 64 digits that differs where the parts differ."""
-    made = hashlib.sha256()
-    for part in parts:
-        made.update(part.tobytes() if isinstance(part, np.ndarray) else part.encode() + b"\0")
-    return made.hexdigest()
 
 
 def _short(*parts: np.ndarray | str) -> str:

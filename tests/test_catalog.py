@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -6,8 +8,9 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from benchmarks.tokenizer import main
-from recsys.data import Catalog, PromptEncoder, PromptTemplate
+from recsys.data import Catalog, PromptEncoder, PromptTemplate, tokens
 from recsys.data.catalog import shorten
+from recsys.data.tokens import kept_tokens, plain_tokens
 from recsys.policy import byte_tokenizer
 from recsys.types import UserError
 from tests.helpers_tokenizer import ByteTokenizer, chat_tokenizer
@@ -51,6 +54,61 @@ def test_titles_never_yield_control_tokens(name, tmp_path):
     assert control
     assert control.isdisjoint(i for ids in tokens for i in ids)
     assert tokenizer("<|end|>", add_special_tokens=False).input_ids[0] in control  # in texts that are not data
+
+
+@pytest.fixture
+def tokenised(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The titles of each call of a tokenizer; those of two titles are kept."""
+    calls: list[list[str]] = []
+    monkeypatch.setattr(tokens, "KEPT", 2)
+    monkeypatch.setattr(tokens, "plain_tokens", lambda t, texts: calls.append(texts) or plain_tokens(t, texts))
+    return calls
+
+
+def test_titles_are_tokenised_once(tokenised: list[list[str]], tmp_path: Path):
+    titles = ["Alien", "Amélie 🎬", "<|end|>"]
+    first = kept_tokens(byte_tokenizer(), titles, str(tmp_path))
+    assert first == plain_tokens(byte_tokenizer(), titles)
+    used = byte_tokenizer()
+    for tokenizer in (used, used, byte_tokenizer()):
+        assert kept_tokens(tokenizer, titles, str(tmp_path)) == first
+    assert tokenised == [titles]
+    for tokenizer, others in ((byte_tokenizer(), ["Alien", "Amélie 🎬", "Up"]), (chat_tokenizer(), titles)):
+        assert kept_tokens(tokenizer, others, str(tmp_path)) == plain_tokens(tokenizer, others)
+    assert len(tokenised) == 3
+    assert kept_tokens(ByteTokenizer(), titles, str(tmp_path)) == [list(t.encode()) for t in titles]
+    assert kept_tokens(byte_tokenizer(), titles[:1], str(tmp_path)) == first[:1]
+    assert kept_tokens(byte_tokenizer(), titles, None) == first
+    assert len(tokenised) == 6
+
+
+@pytest.mark.parametrize("fault", ["cut", "changed", "empty", "other"])
+def test_kept_tokens_that_are_broken_are_made_again(tokenised: list[list[str]], tmp_path: Path, fault: str):
+    titles = ["Alien", "Aliens"]
+    first = kept_tokens(byte_tokenizer(), titles, str(tmp_path))
+    [path] = tmp_path.glob("*.parquet")
+    content = path.read_bytes()
+    middle = content.index(bytes(np.array(first[0][:2], dtype="<i4"))) if fault == "changed" else 0
+    path.write_bytes(
+        {
+            "cut": content[:-20],
+            "changed": content[:middle] + b"#" + content[middle + 1 :],
+            "empty": b"",
+            "other": b"PAR1 of something else PAR1",
+        }[fault]
+    )
+    assert kept_tokens(byte_tokenizer(), titles, str(tmp_path)) == first
+    assert len(tokenised) == 2
+    assert kept_tokens(byte_tokenizer(), titles, str(tmp_path)) == first
+    assert len(tokenised) == 2
+
+
+def test_tokens_that_cannot_be_kept(tokenised: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "file").touch()
+    found = kept_tokens(byte_tokenizer(), ["Alien", "Aliens"], str(tmp_path / "file"))
+    assert found == plain_tokens(byte_tokenizer(), ["Alien", "Aliens"])
+    assert f"{tmp_path}/file: the titles' tokens cannot be kept: " in capsys.readouterr().err
+    assert len(tokenised) == 1
 
 
 def test_a_tokenizer_that_reads_control_tokens_regardless(monkeypatch):

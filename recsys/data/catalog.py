@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from recsys.data.tokens import control_tokens, kept_tokens
 from recsys.types import UserError
 
 
@@ -81,7 +82,9 @@ class Catalog:
             found[place] = item
         return found
 
-    def tokenize(self, tokenizer: Any, end: str, max_title_tokens: int | None = None) -> list[list[int]]:
+    def tokenize(
+        self, tokenizer: Any, end: str, max_title_tokens: int | None = None, cache_dir: str | None = None
+    ) -> list[list[int]]:
         """Token ids of every title, each followed by those of ``end``; both are tokenised apart and joined by ids.
 
         Items with equal titles, or with titles that the tokenizer does not tell apart, have equal token ids. A control
@@ -91,6 +94,7 @@ class Catalog:
             tokenizer: A ``transformers`` tokenizer.
             end: Text that ends every item. With it no item's tokens are a proper prefix of another's.
             max_title_tokens: Tokens to which longer titles are cut, see :func:`shorten`; None cuts none.
+            cache_dir: Folder that keeps the titles' tokens, see :func:`recsys.data.tokens.kept_tokens`.
 
         Returns:
             M lists of token ids.
@@ -101,7 +105,7 @@ class Catalog:
         end_ids: list[int] = tokenizer(end, add_special_tokens=False).input_ids
         if not end_ids:
             raise UserError(f"the end of an item, {end!r}, has no tokens; choose another `end` in the prompt template")
-        tokens = plain_tokens(tokenizer, self.titles)
+        tokens = kept_tokens(tokenizer, self.titles, cache_dir)
         control = control_tokens(tokenizer)
         for item_id, title, ids in zip(self.item_ids, self.titles, tokens, strict=True):
             if not ids:
@@ -120,18 +124,6 @@ class Catalog:
             whole, tokens = tokens, shorten(tokens, max_title_tokens, end_ids)
             self.cut_titles = sum(map(ne, whole, tokens))
         return [ids + end_ids for ids in tokens]
-
-
-def plain_tokens(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Token ids of texts that come from data: what spells a control token, as ``<|im_end|>``, is text."""
-    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, split_special_tokens=True).input_ids
-    return ids
-
-
-def control_tokens(tokenizer: Any) -> set[int]:
-    """Ids of the tokens that have a meaning of their own, all but the one of unknown text."""
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    return {i for i, token in added.items() if token.special} - {getattr(tokenizer, "unk_token_id", None)}
 
 
 def shorten(titles: list[list[int]], limit: int, end: list[int]) -> list[list[int]]:

@@ -17,6 +17,7 @@ from recsys.data.histories import Histories, Split
 from recsys.data.prompts import PromptEncoder, PromptTemplate, write_entries
 from recsys.data.requests import Requests
 from recsys.data.sources import Columns, Source
+from recsys.data.tokens import TOKENS_CACHE
 from recsys.types import Batch, UserError
 
 _SIZES = ("batch_size", "eval_batch_size")
@@ -52,6 +53,8 @@ class HistoryDataModule(LightningDataModule):
         test_rows: Test rows, spread evenly over the split's time; null uses all.
         num_workers: Processes that build batches; 0 builds them in the main process.
         seed: Determines, with the epoch's number within its phase, the rows drawn and their order.
+        cache_dir: Folder that keeps the titles' tokens of a catalogue of 50,000 or more; ``~`` is the home folder; null
+            keeps none.
 
     Attributes:
         catalog: The items; after ``load``.
@@ -92,6 +95,7 @@ class HistoryDataModule(LightningDataModule):
         test_rows: int | None = None,
         num_workers: int = 0,
         seed: int = 0,
+        cache_dir: str | None = TOKENS_CACHE,
     ) -> None:
         super().__init__()
         self.source = source
@@ -106,6 +110,7 @@ class HistoryDataModule(LightningDataModule):
         self.test_rows = test_rows
         self.num_workers = num_workers
         self.seed = seed
+        self.cache_dir = cache_dir
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:
@@ -166,7 +171,8 @@ class HistoryDataModule(LightningDataModule):
         """
         self.load()
         self.tokenizer = tokenizer
-        self.item_tokens = self.catalog.tokenize(tokenizer, self.prompt.end, self.prompt.max_title_tokens)
+        template = self.prompt
+        self.item_tokens = self.catalog.tokenize(tokenizer, template.end, template.max_title_tokens, self.cache_dir)
         self.encoder = PromptEncoder(tokenizer, self.item_tokens, self.prompt, self.entries)
         self.requests = Requests.of_users(self)
 

@@ -12,9 +12,9 @@ import jinja2
 import numpy as np
 import pandas as pd
 
-from recsys.data.catalog import control_tokens, plain_tokens
 from recsys.data.histories import Histories
 from recsys.data.sources import Columns, SourceData
+from recsys.data.tokens import control_tokens, plain_tokens
 from recsys.types import UserError
 
 _HISTORY = "{history}"
