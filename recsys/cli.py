@@ -327,9 +327,14 @@ def recommend(arguments: list[str]) -> None:
         UserError: Those of :class:`recsys.TrainedRecommender`.
     """
     given, options = recommend_parser().parse_known_args(arguments)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    recommender = TrainedRecommender.from_checkpoint(given.ckpt_path, *options)
-    frame = recommender.recommend({"history": given.history}, given.k)
+    library = logging.getLogger("lightning.pytorch")
+    level = library.level
+    library.setLevel(logging.WARNING)
+    try:
+        recommender = TrainedRecommender.from_checkpoint(given.ckpt_path, *options)
+        frame = recommender.recommend({"history": given.history}, given.k)
+    finally:
+        library.setLevel(level)
     print(frame[["rank", "logprob", "item_id", "title"]].to_string(index=False, float_format="{:.2f}".format))
 
 
