@@ -10,7 +10,7 @@ Two distributions over items:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,12 +43,28 @@ def _logsumexp(value: Tensor, row: Tensor, rows: int) -> Tensor:
     return top + value.new_zeros(rows).index_add(0, row, (value - top[row]).exp()).log()
 
 
-def _in_chunks(function: Callable[..., Tensor], width: int, *rows: Tensor) -> Tensor:
-    """Return a function of rows that makes ``width`` logits of each, which are at no time more than MAX_LOGITS.
+class _Head(NamedTuple):
+    """Rows of an output head, one for each of V tokens."""
 
-    Those of a chunk are computed again in the backward pass.
-    """
-    size = max(1, MAX_LOGITS // width)
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+
+    def of(self, tokens: Tensor) -> _Head:
+        """Return some of the rows."""
+        return _Head(self.weight[tokens], None if self.bias is None else self.bias[tokens])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return logits ``[R, V]``, not in bfloat16, which would round one of 20 to steps of 1/8."""
+        return linear(hidden.float(), *self)
+
+    @property
+    def rows(self) -> int:
+        """Rows of hidden states whose logits fit into memory."""
+        return max(1, MAX_LOGITS // len(self.weight))
+
+
+def _in_chunks(function: Callable[..., Tensor], size: int, *rows: Tensor) -> Tensor:
+    """Return a function of rows, ``size`` at a time; what it makes of a chunk is made again in the backward pass."""
     if len(rows[0]) <= size:
         return function(*rows)
     chunks = zip(*(part.split(size) for part in rows), strict=True)
@@ -93,14 +109,22 @@ class TrieHead:
         Returns:
             ``[E]`` float32 log-probabilities, ``[E]`` child nodes, and ``[E]`` the row in ``node`` of each's parent.
         """
-        weight, bias = self._head()
-        size = max(1, MAX_LOGITS // len(weight))
+        head = self._head()
+        size = head.rows
         parts = zip(hidden.split(size), node.split(size), strict=True)
-        found = [self._children(states, nodes, weight, bias) for states, nodes in parts]
+        found = [self._children(head, *part) for part in parts]
         if len(found) == 1:
             return found[0]
         logprobs, child, row = zip(*found, strict=True)
         return torch.cat(logprobs), torch.cat(child), torch.cat([part + i * size for i, part in enumerate(row)])
+
+    def first_logprobs(self, hidden: Tensor) -> Tensor:
+        """Return log-probabilities ``[P, D]`` of the root's D children, nodes 1 to D, from hidden states ``[P, H]``."""
+        head = self._head()
+        if self.normalization == "vocab":
+            return torch.cat([head.logits(part).log_softmax(1)[:, self.roots] for part in hidden.split(head.rows)])
+        head = head.of(self.roots)
+        return torch.cat([head.logits(part).log_softmax(1) for part in hidden.split(head.rows)])
 
     def edge_logprobs(self, hidden: Tensor, node: Tensor, row: Tensor, child: Tensor) -> Tensor:
         """Return log-probabilities of single edges, for training.
@@ -117,52 +141,42 @@ class TrieHead:
         Returns:
             ``[E]`` float32 log-probabilities.
         """
-        weight, bias = self._head()
+        head = self._head()
         column = self.column[self.trie.tokens[child].long()]
-        hidden = hidden.float()
-        logits = (hidden[row] * embedding(column, weight)).sum(1)
-        if bias is not None:
-            logits = logits + bias[column]
-        return logits - self._log_total(hidden, node, weight, bias)[row]
+        logits = (hidden[row].float() * embedding(column, head.weight)).sum(1)
+        if head.bias is not None:
+            logits = logits + head.bias[column]
+        return logits - self._log_total(head, hidden, node)[row]
 
-    def _head(self) -> tuple[Tensor, Tensor | None]:
-        """Return the output head's rows that are needed: bfloat16 would round a logit of 20 to steps of 1/8."""
-        weight: Tensor = self.policy.head.weight
-        bias: Tensor | None = self.policy.head.bias
-        if len(self.legal) < len(weight):
-            weight, bias = weight[self.legal], None if bias is None else bias[self.legal]
-        return weight.float(), None if bias is None else bias.float()
+    def _head(self) -> _Head:
+        """Return the output head, for the tokens that are needed."""
+        head = _Head(self.policy.head.weight, self.policy.head.bias)
+        if len(self.legal) < len(head.weight):
+            head = head.of(self.legal)
+        return _Head(head.weight.float(), None if head.bias is None else head.bias.float())
 
-    def _children(
-        self, hidden: Tensor, node: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _children(self, head: _Head, hidden: Tensor, node: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return what :meth:`child_logprobs` does, for rows whose logits fit into memory."""
         child, row = self.trie.children(node)
-        logits = linear(hidden.float(), weight, bias)
+        logits = head.logits(hidden)
         legal = logits[row, self.column[self.trie.tokens[child].long()]]
         total = logits.logsumexp(1) if self.normalization == "vocab" else _logsumexp(legal, row, len(node))
         return legal - total[row], child, row
 
-    def _log_total(self, hidden: Tensor, node: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _log_total(self, head: _Head, hidden: Tensor, node: Tensor) -> Tensor:
         """Return ``[R]`` the logarithm of what the exponentials of all logits that compete at each node add up to."""
-
-        def among_all(states: Tensor) -> Tensor:
-            return linear(states, weight, bias).logsumexp(1)
-
-        def among_firsts(states: Tensor) -> Tensor:
-            return linear(states, weight[self.roots], None if bias is None else bias[self.roots]).logsumexp(1)
 
         def among_children(states: Tensor, nodes: Tensor) -> Tensor:
             child, row = self.trie.children(nodes)
-            legal = linear(states, weight, bias)[row, self.column[self.trie.tokens[child].long()]]
-            return _logsumexp(legal, row, len(nodes))
+            return _logsumexp(head.logits(states)[row, self.column[self.trie.tokens[child].long()]], row, len(nodes))
 
         if self.normalization == "vocab":
-            return _in_chunks(among_all, len(weight), hidden)
+            return _in_chunks(lambda states: head.logits(states).logsumexp(1), head.rows, hidden)
         [first], [below] = (node == 0).nonzero(as_tuple=True), node.nonzero(as_tuple=True)
-        firsts = _in_chunks(among_firsts, len(self.roots), hidden[first])
-        others = _in_chunks(among_children, len(weight), hidden[below], node[below])
-        return hidden.new_zeros(len(node)).index_put((first,), firsts).index_put((below,), others)
+        roots = head.of(self.roots)
+        firsts = _in_chunks(lambda states: roots.logits(states).logsumexp(1), roots.rows, hidden[first])
+        others = _in_chunks(among_children, head.rows, hidden[below], node[below])
+        return firsts.new_zeros(len(node)).index_put((first,), firsts).index_put((below,), others)
 
     def _edges(self, path: Tensor) -> tuple[Tensor, Tensor]:
         """Return for each node of paths ``[..., D]`` its parent, and whether the step to it has a log-probability."""

@@ -215,6 +215,10 @@ def _expand(
 
 def _children(engine: TreeEngine, paths: _Paths) -> tuple[Tensor, Tensor, Tensor]:
     """Return the children of the open paths of each place, their paths and scores: ``[P, E]``, -inf past the last."""
+    if paths.node.shape[1] == 1 and not paths.node.any():  # the first step, where all places have the same
+        score = engine.head.first_logprobs(paths.hidden[:, 0])
+        child = torch.arange(1, score.shape[1] + 1, device=score.device).expand_as(score)
+        return child, torch.zeros_like(child), score
     alive = paths.score > -torch.inf
     at, path = alive.nonzero(as_tuple=True)
     logprobs, children, row = engine.head.child_logprobs(paths.hidden[at, path], paths.node[at, path])
