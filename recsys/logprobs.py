@@ -142,7 +142,7 @@ class TrieHead:
             ``[E]`` float32 log-probabilities.
         """
         head = self._head()
-        column = self.column[self.trie.tokens[child].long()]
+        column = self._columns(child)
         logits = (hidden[row].float() * embedding(column, head.weight)).sum(1)
         if head.bias is not None:
             logits = logits + head.bias[column]
@@ -157,18 +157,26 @@ class TrieHead:
 
     def _children(self, head: _Head, hidden: Tensor, node: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return what :meth:`child_logprobs` does, for rows whose logits fit into memory."""
-        child, row = self.trie.children(node)
         logits = head.logits(hidden)
-        legal = logits[row, self.column[self.trie.tokens[child].long()]]
+        legal, child, row = self._legal(logits, node)
         total = logits.logsumexp(1) if self.normalization == "vocab" else _logsumexp(legal, row, len(node))
         return legal - total[row], child, row
+
+    def _legal(self, logits: Tensor, node: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return of ``logits [R, V]`` those of each node's children, and the two lists of :meth:`Trie.children`."""
+        child, row = self.trie.children(node)
+        return logits[row, self._columns(child)], child, row
+
+    def _columns(self, child: Tensor) -> Tensor:
+        """Return where in the output head the token of each node stands, same shape."""
+        return self.column[self.trie.tokens[child].long()]
 
     def _log_total(self, head: _Head, hidden: Tensor, node: Tensor) -> Tensor:
         """Return ``[R]`` the logarithm of what the exponentials of all logits that compete at each node add up to."""
 
         def among_children(states: Tensor, nodes: Tensor) -> Tensor:
-            child, row = self.trie.children(nodes)
-            return _logsumexp(head.logits(states)[row, self.column[self.trie.tokens[child].long()]], row, len(nodes))
+            legal, _, row = self._legal(head.logits(states), nodes)
+            return _logsumexp(legal, row, len(nodes))
 
         if self.normalization == "vocab":
             return _in_chunks(lambda states: head.logits(states).logsumexp(1), head.rows, hidden)
