@@ -80,6 +80,8 @@ def test_titles_are_tokenised_once(tokenised: list[list[str]], tmp_path: Path):
     assert kept_tokens(byte_tokenizer(), titles[:1], str(tmp_path)) == first[:1]
     assert kept_tokens(byte_tokenizer(), titles, None) == first
     assert len(tokenised) == 6
+    for same_text in (["a\0b", "c"], ["a", "b", "c"]):
+        assert kept_tokens(byte_tokenizer(), same_text, str(tmp_path)) == plain_tokens(byte_tokenizer(), same_text)
 
 
 @pytest.mark.parametrize("fault", ["cut", "changed", "empty", "other"])

@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from recsys.data import Columns, HistoryDataModule, PromptTemplate, Source, SourceData
+from recsys.policy import byte_tokenizer
 from recsys.types import UserError
 from tests.helpers_tokenizer import ByteTokenizer
 
@@ -95,6 +96,15 @@ def trainer(tmp_path, *callbacks, **kwargs):
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+
+
+def test_the_titles_tokens_are_kept_in_the_folder_that_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("recsys.data.tokens.KEPT", 2)
+    for folder in (None, str(tmp_path / "kept")):
+        module = data(cache_dir=folder)
+        module.tokenize(byte_tokenizer())
+        assert (tmp_path / "kept").exists() == (folder is not None)
+    assert len(list((tmp_path / "kept").glob("titles-*.parquet"))) == 1
 
 
 # ---------------------------------------------------------------------------------------------- batches

@@ -171,6 +171,11 @@ def test_target_in_its_own_history_is_kept_and_counted():
     assert data.describe()["target_in_history_share"] == pytest.approx(2 / 3)
 
 
+def test_users_and_items_too_many_for_32_bits_together():
+    data = histories([(user, item, t) for user in (0, 2**16) for t, item in enumerate([0, 1, 2**16 - 1 - user // 2])])
+    assert data.describe()["target_in_history_share"] == 0
+
+
 def test_targets_in_histories_are_counted_part_by_part(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("recsys.data.histories._EVENTS", 7)
     rng = np.random.default_rng(0)

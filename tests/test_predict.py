@@ -144,8 +144,11 @@ def test_ratings_and_categories_stand_in_the_prompts_of_new_histories(tmp_path: 
         (Requests.of_file(data, str(tmp_path / "new.csv")), "Seen:\nToy Story\nA 5\nToy\n"),
         (Requests.of_histories(data, {1: ["Toy Story", "i1"]}), "Seen:\nToy Story\nToy\n"),  # without ratings
         (Requests.of_users(data, ["u2"]), "B 3\n"),
+        (Requests.of_rows(data, "val"), ""),
     ):
         [batch] = requests.batches(4)
+        assert {field.dtype for field in vars(batch).values()} == {torch.int64}
+        assert {part.dtype for part in requests.seen(batch.row.numpy())} == {np.dtype(np.int64)}
         assert data.tokenizer.decode(batch.tokens[0, : batch.length[0]]).endswith(text)
 
 
