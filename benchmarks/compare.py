@@ -214,6 +214,7 @@ def main(
     out: str,
     seeds: tuple[int, ...] = (0, 1, 2),
     folder: str = "data",
+    data: str = "",
     cutoffs: tuple[int, ...] = (5, 10, 20, 50),
     warm_start: list[str] | None = None,
     warm_start_epochs: int = 0,
@@ -231,11 +232,13 @@ def main(
     """Run every variant with every seed, and write the tables and the figure.
 
     Args:
-        fit: Arguments of `recsys fit` that all runs share; `{folder}` in one stands for the option of that name.
+        fit: Arguments of `recsys fit` that all runs share. `{folder}` and `{data}` in them, in `prepare` and in `out`
+            stand for the options of these names.
         variants: What is compared.
         out: Folder of the runs.
         seeds: Values of `--seed_everything`.
-        folder: Folder of the data.
+        folder: Folder of the data sets.
+        data: Name of the data set, where arguments ask for one.
         cutoffs: Values of K in the tables.
         warm_start: Further arguments of a run from whose end the variants go on, one for each seed.
         warm_start_epochs: Its epochs.
@@ -256,11 +259,15 @@ def main(
     named = {v.as_many_as for v in compared.values() if v.as_many_as}.union(like, against)
     if lacking := sorted(named - {WARM_START, *compared}):
         raise SystemExit(f"only: {', '.join(lacking)} is needed too, or another `against`")
-    root = Path(out)
+
+    def filled(argument: str) -> str:
+        return argument.replace("{folder}", folder).replace("{data}", data)
+
+    root = Path(filled(out))
     if prepare is not None:
-        script, *arguments = (argument.replace("{folder}", folder) for argument in prepare)
+        script, *arguments = map(filled, prepare)
         subprocess.run([sys.executable, Path(__file__).with_name(script), *arguments], check=True)
-    shared = tuple(argument.replace("{folder}", folder) for argument in fit)
+    shared = tuple(map(filled, fit))
     warm = {seed: Run(root, WARM_START, (*shared, *warm_start), seed) for seed in seeds if warm_start is not None}
     with ThreadPoolExecutor(jobs) as pool:
         sweep = Sweep(root, shared, compared, seeds, warm, warm_start_epochs, seconds, pool)
