@@ -186,7 +186,11 @@ class BeamNegatives(GroupSource):
             raise SIGTERMException
 
     def groups_of(self, module: Recommender, batch: Batch, generator: torch.Generator) -> FoundGroups:
-        """Find the groups of a batch's rows that the module's objective trains."""
+        """Find the groups of a batch's rows that the module's objective trains.
+
+        Raises:
+            UserError: if the policy's scores are not numbers.
+        """
         engine, objective, count = module.engine, module.objective, module.dial.group_negatives
         assert isinstance(objective, GroupObjective)
         at = ((batch.event >= 0) & (batch.row >= 0)[:, None]).nonzero(as_tuple=True)
@@ -209,6 +213,7 @@ class BeamNegatives(GroupSource):
             drawn = sample_outside(excluded, engine.trie.num_items, count - best.shape[1], generator)
         items = torch.cat([target, best, drawn], 1)
         logprobs = torch.cat([positive, best_scores, engine.score(prompt, places, drawn)], 1)
+        module.check_scores(logprobs)
         return FoundGroups(
             Groups(row, items, logprobs, None)[objective.trains(logprobs, module.dial.window)], rows, found
         )

@@ -315,6 +315,18 @@ class Recommender(lightning.LightningModule):
                 "checkpoints before are kept; lower the learning rate (model.objective, model.warm_start)"
             )
 
+    def check_scores(self, scores: Tensor) -> None:
+        """Check scores, which may overflow while the weights are still finite.
+
+        Raises:
+            UserError: if one is not a number.
+        """
+        if bool(scores.isnan().any()):
+            raise UserError(
+                "the policy's scores are not numbers, as its weights have become too large: use an earlier checkpoint, "
+                "and lower the learning rate (model.objective, model.warm_start)"
+            )
+
     def _weights_are_finite(self) -> bool:
         return all(bool(weight.isfinite().all()) for weight in self.policy.trainable().values())
 
@@ -341,11 +353,18 @@ class Recommender(lightning.LightningModule):
 
     @torch.no_grad()
     def rank(self, batch: Batch, k: int = 0, allowed: Allowed | None = None) -> Ranking:
-        """Return the best items of each row, at least ``k`` where there are so many, all of them ``allowed``."""
+        """Return the best items of each row, at least ``k`` where there are so many, all of them ``allowed``.
+
+        Raises:
+            UserError: as :meth:`check_scores`.
+        """
         prompt, places = self.engine.prefill(batch.tokens), Places.ends(batch.length)
         if not self.exact:
-            return beam_search(self.engine, prompt, places, max(k, self.dial.list_length), allowed)
+            ranking = beam_search(self.engine, prompt, places, max(k, self.dial.list_length), allowed)
+            self.check_scores(ranking.scores)
+            return ranking
         scores = self.engine.score_all(prompt, places)
+        self.check_scores(scores)
         if allowed is not None:
             scores = scores.masked_fill(allowed.excludes(len(places)), -torch.inf)
         scores, items = scores.sort(dim=1, descending=True, stable=True)
@@ -378,19 +397,11 @@ class Recommender(lightning.LightningModule):
         return Allowed(self.engine.trie, None if only is None else torch.from_numpy(only).to(self.device))
 
     def answer(self, batch: Batch, requests: Requests, allowed: Allowed) -> Ranking:
-        """Return the best items of each request; ``row`` is its number.
-
-        Raises:
-            UserError: if the policy's scores are not numbers.
-        """
+        """Return the best items of each request; ``row`` is its number. Raises as :meth:`rank`."""
         row = batch.row.cpu().numpy()
         if requests.exclude_seen:
             allowed = allowed.without(*(torch.from_numpy(part).to(self.device) for part in requests.seen(row)))
-        ranking = self.rank(batch, requests.k, allowed)
-        nothing = ~ranking.valid.any(1)
-        if bool(nothing.any()) and not bool(allowed.excludes(len(batch))[nothing].all()):
-            raise UserError("the policy's scores are not numbers: its weights are not finite; use another checkpoint")
-        return ranking
+        return self.rank(batch, requests.k, allowed)
 
     def on_predict_start(self) -> None:
         """Refuse weights that are not finite, and look up which items may be recommended."""

@@ -277,7 +277,7 @@ def _advance(
 
 def _items_of(trie: Trie, leaf: Tensor, score: Tensor, width: int) -> Ranking:
     """Replace each leaf, best first, by the items that share it, and keep ``width`` items."""
-    valid = score > -torch.inf
+    valid = ~score.isneginf()  # what is not a number stays, to be seen
     index = torch.searchsorted(trie.leaf_nodes, leaf.to(torch.int32)).clamp(max=len(trie.leaf_nodes) - 1)
     start = trie.leaf_offsets[index]
     count = (trie.leaf_offsets[index + 1] - start).where(valid, 0)

@@ -307,6 +307,33 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_batch(tables, tmp
 
 
 @pytest.mark.parametrize(
+    ("hook", "num_beams", "message"),
+    [
+        ("on_train_batch_start", 12, r"the loss is nan on rows \[\d+"),
+        ("on_train_epoch_start", 12, "the policy's scores are not numbers"),  # before the refresh
+        ("on_validation_start", 12, "the policy's scores are not numbers"),
+        ("on_validation_start", None, "the policy's scores are not numbers"),
+    ],
+)
+def test_weights_so_large_that_scores_overflow_stop_the_run(
+    tables, tmp_path: Path, hook: str, num_beams: int | None, message: str
+) -> None:
+    class Poison(Callback):
+        pass
+
+    def poison(self, trainer, module, *args) -> None:
+        if trainer.current_epoch == 1 and not trainer.sanity_checking:
+            with torch.no_grad():
+                for weight in (module.policy.head.weight, module.policy.causal_lm.base_model.norm.weight):
+                    assert weight.mul_(1e30).isfinite().all()  # their products are not
+
+    setattr(Poison, hook, poison)
+    run = Run(tables, tmp_path, callbacks=[Poison()], model={"num_beams": num_beams}, default_root_dir=tmp_path / "new")
+    with pytest.raises(UserError, match=message):
+        run.fit()
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"model": {"window": Window(k=10, half_width=5)}}, "window ends at negative 15"),

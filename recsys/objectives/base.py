@@ -197,6 +197,8 @@ class GroupObjective(Objective):
         negatives, hidden = engine.forward(batch.tokens, Places(at[0], batch.start[at]), items)
         titles = engine.head.title_logprobs(hidden, batch.titles, batch.start)
         scores = torch.cat([titles[at][:, None], negatives], 1)
+        if bool(scores.isnan().any()):  # nothing to rank by, and so no loss: the module names the rows and stops
+            return {"loss": scores.sum()}
         reference = None if groups.ref_logprobs is None else groups.ref_logprobs[index]
         parts = self.loss(ScoredGroups(scores, groups.old_logprobs[index], reference, context.window))
         means = {name: value.sum() / counts.rows for name, value in parts.items()}
