@@ -5,7 +5,7 @@
 
 A run has one file of ranks for each seed (`runs/*/version_*/ranks`). Writes `table.md`, `curve.csv` and `curve.png`:
 the change of Recall@k against k = 1..100 from one of the runs. Intervals (95 %) come from a bootstrap that resamples
-seeds and rows.
+seeds and rows. A cut-off beyond the end of a run's lists (model.num_beams) has no number.
 """
 
 from __future__ import annotations
@@ -48,20 +48,27 @@ def main(
 
 
 def read(files: Sequence[str | Path]) -> pd.DataFrame:
-    """Return the ranks, rows by seeds, inf where the list lacks the target.
+    """Return the ranks, rows by seeds, inf where the list lacks the target, and the shortest list among ``attrs``.
 
     Raises:
         SystemExit: files are of different rows.
     """
-    columns = [pd.read_parquet(file).set_index("row")["rank"].rename(i) for i, file in enumerate(files)]
+    frames = [pd.read_parquet(file) for file in files]
+    columns = [frame.set_index("row")["rank"].rename(i) for i, frame in enumerate(frames)]
     if any(not column.index.equals(columns[0].index) for column in columns):
         raise SystemExit(f"{files}: the rows differ; compare runs on the same data")
-    return pd.concat(columns, axis=1)
+    ranks = pd.concat(columns, axis=1)
+    ranks.attrs["list_length"] = min(frame.attrs.get("list_length", np.inf) for frame in frames)
+    return ranks
 
 
 def hits(ranks: pd.DataFrame, cutoffs: Sequence[int]) -> np.ndarray:
-    """Return each row's chance to have its target among the first k, ``[S, R, k]``: 0 or 1, or 0.5 in a tie of two."""
-    return np.clip(np.asarray(cutoffs) + 1 - ranks.to_numpy().T[:, :, None], 0, 1).astype(np.float32)
+    """Return each row's chance to have its target among the first k, ``[S, R, k]``: 0 or 1, or 0.5 in a tie of two.
+
+    Beyond the end of the list it is NaN: a target that the list lacks may be there.
+    """
+    k = np.where(np.asarray(cutoffs) <= ranks.attrs["list_length"], cutoffs, np.nan)
+    return np.clip(k + 1 - ranks.to_numpy().T[:, :, None], 0, 1).astype(np.float32)
 
 
 def interval(values: np.ndarray) -> np.ndarray:
@@ -93,7 +100,8 @@ def levels(ranks: dict[str, pd.DataFrame], cutoffs: Sequence[int]) -> str:
     lines.append("|---" * (len(cutoffs) + 1) + "|")
     for name, frame in ranks.items():
         means = hits(frame, cutoffs).mean((0, 1))
-        lines.append(f"| {name} | {' | '.join(f'{mean:.4f}' for mean in means)} |")
+        cells = ["-" if np.isnan(mean) else f"{mean:.4f}" for mean in means]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -106,6 +114,9 @@ def differences(ranks: dict[str, pd.DataFrame], against: str, cutoffs: Sequence[
             continue
         cells = []
         for mean, low, high in change(ranks, name, against, cutoffs).T:
+            if np.isnan(mean):
+                cells.append("-")
+                continue
             shown = f"{mean:+.4f}" if low <= 0 <= high else f"**{mean:+.4f}**"
             cells.append(f"{shown} [{low:+.4f}, {high:+.4f}]")
         lines.append(f"| {name} | {' | '.join(cells)} |")

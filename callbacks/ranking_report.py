@@ -77,7 +77,7 @@ class RankingReport(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(result.user_means("test"), result.step)
         if trainer.is_global_zero and folder is not None:
-            result.write(pl_module.data, folder / "ranks" / "test.parquet")
+            result.write(pl_module.data, pl_module.dial.list_length, folder / "ranks" / "test.parquet")
 
     def on_validation_end(self, trainer: Trainer, pl_module: Recommender) -> None:  # type: ignore[override]
         """Write figure, examples and ranks."""
@@ -101,7 +101,7 @@ class RankingReport(Callback):
                     examples = examples_table(pl_module.data, result.row, items, self.examples)
                     logger.experiment.add_text("val/examples", examples, result.step)
         if folder is not None:
-            result.write(pl_module.data, folder / "ranks" / f"step{result.step}.parquet")
+            result.write(pl_module.data, pl_module.dial.list_length, folder / "ranks" / f"step{result.step}.parquet")
 
     def _collect(self, trainer: Trainer, module: Recommender) -> tuple[Validation, np.ndarray]:
         """Join the batches and processes, in the order of the rows; return the best items of each too."""

@@ -81,6 +81,7 @@ def test_logged_metrics_are_the_means_of_the_rows(finished: tuple[Run, Losses]) 
         expected = last.mean(f"filtered_{name}")
         assert run.trainer.callback_metrics[f"val_filtered/{name}"].item() == pytest.approx(expected)
     frame = pd.read_parquet(Path(run.trainer.log_dir) / "ranks" / f"step{last.step}.parquet")
+    assert frame.attrs["list_length"] == run.model.dial.list_length == 12
     assert last.user_mean("ndcg@5") == pytest.approx(frame.groupby("user_id")["ndcg@5"].mean().mean())
     assert len(frame) == len(run.data.histories.val)
     no_ties = frame[frame["rank"] % 1 == 0]

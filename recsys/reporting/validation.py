@@ -55,8 +55,12 @@ class Validation:
         plain = [name for name in self.metrics if not name.startswith(FILTERED)]
         return {f"{part}_user_mean/{name}": self.user_mean(name) for name in plain}
 
-    def write(self, data: HistoryDataModule, path: Path) -> None:
-        """Write what each row got as Parquet, with the source's ids of its user and its target."""
+    def write(self, data: HistoryDataModule, list_length: int, path: Path) -> None:
+        """Write what each row got as Parquet, with the source's ids of its user and its target.
+
+        The frame's ``attrs``, which pandas keeps in the file, say how long the lists are: what holds beyond, such as
+        Recall at a larger K, is not known from ranks.
+        """
         frame = pd.DataFrame(
             {
                 "row": self.row,
@@ -65,6 +69,7 @@ class Validation:
                 **self.values,
             }
         )
+        frame.attrs["list_length"] = list_length
         path.parent.mkdir(parents=True, exist_ok=True)
         frame.to_parquet(path)
 
