@@ -280,12 +280,13 @@ def test_report_against_counts_and_a_loop(benchmark_main, tmp_path: Path, capsys
 def test_report_has_no_number_beyond_the_end_of_a_list(benchmark_main, tmp_path: Path, capsys):
     rng = np.random.default_rng(0)
     files: dict[str, list[str]] = {}
-    for name, length in {"short": 20, "long": 60}.items():
-        rank = rng.integers(1, 100, 200).astype(float)
-        frame = pd.DataFrame({"row": np.arange(200), "rank": np.where(rank <= length, rank, np.inf)})
-        frame.attrs["list_length"] = length
-        frame.to_parquet(tmp_path / f"{name}.parquet")
-        files[name] = [str(tmp_path / f"{name}.parquet")]
+    for name, lengths in {"short": (60, 20), "long": (60, 60)}.items():
+        for seed, length in enumerate(lengths):
+            rank = rng.integers(1, 100, 200).astype(float)
+            frame = pd.DataFrame({"row": np.arange(200), "rank": np.where(rank <= length, rank, np.inf)})
+            frame.attrs["list_length"] = length
+            files.setdefault(name, []).append(str(tmp_path / f"{name}{seed}.parquet"))
+            frame.to_parquet(files[name][-1])
     benchmark_main("report")(files, str(tmp_path / "out"), against="long")
     table = [[cell.strip() for cell in line.split("|")[2:-1]] for line in capsys.readouterr().out.strip().splitlines()]
     known = [[cell != "-" for cell in table[line]] for line in (2, 3, -1)]  # at R@5, 10, 20 and 50
