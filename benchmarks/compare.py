@@ -43,7 +43,7 @@ class Variant:
     Args:
         arguments: Of `recsys fit`, beyond those that all share.
         grid: Choices to make, as in :func:`main`; null takes those that all share.
-        like: Variant whose chosen settings it takes, in place of a choice of its own.
+        like: Variant whose chosen settings it takes, in place of a choice of its own, but for what its arguments give.
         as_many_as: Variant whose number of stretches it takes, in place of its own number for the time.
     """
 
@@ -51,6 +51,11 @@ class Variant:
     grid: list[list[dict[str, Any]]] | None = None
     like: str | None = None
     as_many_as: str | None = None
+
+    def unless_given(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Return the settings that its own arguments do not give."""
+        given = {argument.split("=", 1)[0] for argument in self.arguments}
+        return {option: value for option, value in settings.items() if f"--{option}" not in given}
 
 
 @dataclass(frozen=True)
@@ -316,7 +321,10 @@ def choose(
                 keep = 1 if rung == len(rungs) - 1 else -(-len(runs) // 2)
                 left[name] = [left[name][i] for i in best[:keep]]
         found |= {name: cells[0] for name, cells in left.items()}
-    return {name: found[variant.like or name] for name, variant in sweep.variants.items()}
+    return {
+        name: found[name] if variant.like is None else variant.unless_given(found[variant.like])
+        for name, variant in sweep.variants.items()
+    }
 
 
 def parallel(pool: Executor, function: Callable[[Run], None], runs: Iterable[Run]) -> None:

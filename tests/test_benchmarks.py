@@ -296,6 +296,16 @@ def test_report_has_no_number_beyond_the_end_of_a_list(benchmark_main, tmp_path:
     assert curve.loc[21:].isna().all()
 
 
+def test_a_variant_takes_no_setting_that_its_arguments_give(benchmark_main, tmp_path: Path):
+    benchmark_main("compare")
+    compare = sys.modules["compare"]
+    anchor = "model.objective.init_args.anchor_coef"
+    variants = {"TAWin": compare.Variant(), "no anchor": compare.Variant([f"--{anchor}=0"], like="TAWin")}
+    sweep = compare.Sweep(tmp_path, (), variants, (0,), {}, 0, None, ThreadPoolExecutor(1))
+    found = compare.choose(sweep, [], (1.0,), "wpauc", {"TAWin": {RATE: 1e-3, anchor: 0.1}})
+    assert found == {"TAWin": {RATE: 1e-3, anchor: 0.1}, "no anchor": {RATE: 1e-3}}
+
+
 def test_compare_starts_nothing_after_a_failure(benchmark_main):
     benchmark_main("compare")
     started: list[int] = []
