@@ -28,7 +28,7 @@ from tests.test_configs import CONFIGS, SMALL, folder  # noqa: F401 - a fixture
 ROOT = CONFIGS.parent
 DOCS = ROOT / "docs"
 WALKED = [DOCS / "extending.md", DOCS / "method.md", DOCS / "tutorial.md"]  # each in a new folder
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(set(DOCS.glob("*.md")) - set(WALKED))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(set(DOCS.rglob("*.md")) - set(WALKED))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 MYDATA = re.search(r"```yaml\n(# mydata.yaml\n.*?)```", PAGES[0].read_text(), re.DOTALL)
 
@@ -101,7 +101,7 @@ def workplace(folder: Path) -> Path:  # noqa: F811
 
 
 @pytest.mark.usefixtures("one_parser")
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_of_pages_parse(
     page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
