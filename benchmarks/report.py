@@ -126,7 +126,12 @@ def differences(ranks: dict[str, pd.DataFrame], against: str, cutoffs: Sequence[
 def write_curve(
     ranks: dict[str, pd.DataFrame], against: str, windows: dict[str, tuple[float, float]], folder: Path
 ) -> None:
-    """Draw the change of Recall@k against k, a line with its band for each run, and write the numbers beside it."""
+    """Draw the change of Recall@k against k, a line with its band for each run, and write the numbers beside it.
+
+    A run alone has nothing to be compared with, and gets no figure.
+    """
+    if ranks.keys() == {against}:
+        return
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot()
     parts = []

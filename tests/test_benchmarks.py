@@ -284,6 +284,8 @@ def test_report_against_counts_and_a_loop(benchmark_main, tmp_path: Path, capsys
     curve = pd.read_csv(tmp_path / "out" / "curve.csv")
     assert curve["k"].tolist() == list(range(1, 101))
     assert curve["change"][49] == pytest.approx(difference[..., 3].mean(), abs=1e-4)
+    main({"NLL": files["NLL"]}, str(tmp_path / "alone"), against="NLL")
+    assert [path.name for path in (tmp_path / "alone").iterdir()] == ["table.md"]
     pd.DataFrame({"row": np.arange(1, 401), "rank": 1.0}).to_parquet(files["NLL"][0])
     with pytest.raises(SystemExit, match="the rows differ"):
         main(files, str(tmp_path / "out"), against="NLL")
