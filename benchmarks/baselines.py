@@ -151,11 +151,18 @@ def evaluate(model: ModelBase, popular: ModelBase, data: HistoryDataModule, part
 def score(model: ModelBase, popular: ModelBase, data: HistoryDataModule, rows: np.ndarray) -> np.ndarray:
     """Return the score of each item after each row's history, [R, M] float64."""
     histories = sessions(data, rows, data.histories.user_start[rows], rows)
-    found = model.recommend(
-        rows, histories, len(data.catalog), filter_viewed=False, add_rank_col=False, on_unsupported_targets="ignore"
-    )
-    scores = np.full((len(rows), len(data.catalog)), np.nan)
-    scores[pd.Index(rows).get_indexer(found[Columns.User]), found[Columns.Item]] = found[Columns.Score]
+    if isinstance(model, ImplicitItemKNNWrapperModel):
+        # its matrix ends with the last item of the train rows; of a later one its own loop reads memory beyond that
+        similarity = model.model.similarity.copy()
+        similarity.resize(len(data.catalog), len(data.catalog))
+        scores = (histories.get_user_item_matrix(include_warm_items=True) @ similarity).toarray()
+        scores[scores == 0] = np.nan
+    else:
+        found = model.recommend(
+            rows, histories, len(data.catalog), filter_viewed=False, add_rank_col=False, on_unsupported_targets="ignore"
+        )
+        scores = np.full((len(rows), len(data.catalog)), np.nan)
+        scores[pd.Index(rows).get_indexer(found[Columns.User]), found[Columns.Item]] = found[Columns.Score]
     lost = np.isnan(scores).all(1)
     if lost.any():
         scores[lost] = score(popular, popular, data, rows[lost])
