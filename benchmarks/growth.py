@@ -72,12 +72,16 @@ def phases(folder: Path, variant: str) -> dict[int, str]:
     """Return the labels of the variant's runs, by their numbers of stretches.
 
     Raises:
-        SystemExit: there is none.
+        SystemExit: there is none, or two differ in their settings alone.
     """
     labels = {path.parts[-3] for path in (folder / variant).glob("*stretches=*/seed*/cost.json")}
     if not labels:
         raise SystemExit(f"{folder / variant}: no run of compare.py with a number of stretches has ended here")
-    return {int(label.rpartition("=")[2]): label for label in labels}
+    found = {int(label.rpartition("=")[2]): label for label in labels}
+    if len(found) < len(labels):
+        same = ", ".join(sorted(labels))
+        raise SystemExit(f"{folder / variant}: runs with other settings and as many stretches: {same}")
+    return found
 
 
 if __name__ == "__main__":

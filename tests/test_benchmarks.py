@@ -320,6 +320,18 @@ def test_a_variant_takes_no_setting_that_its_arguments_give(benchmark_main, tmp_
     assert found == {"TAWin": {RATE: 1e-3, anchor: 0.1}, "no anchor": {RATE: 1e-3}}
 
 
+def test_growth_takes_no_run_among_several_of_one_length(benchmark_main, tmp_path: Path):
+    benchmark_main("growth")
+    phases = sys.modules["growth"].phases
+    for label in ("rate=1,stretches=8", "rate=1,stretches=16"):
+        (tmp_path / "TAWin" / label / "seed0").mkdir(parents=True)
+        (tmp_path / "TAWin" / label / "seed0" / "cost.json").touch()
+    assert phases(tmp_path, "TAWin") == {8: "rate=1,stretches=8", 16: "rate=1,stretches=16"}
+    (tmp_path / "TAWin" / "rate=1,stretches=8").rename(tmp_path / "TAWin" / "rate=2,stretches=16")
+    with pytest.raises(SystemExit, match="as many stretches: rate=1,stretches=16, rate=2,stretches=16"):
+        phases(tmp_path, "TAWin")
+
+
 def test_compare_starts_nothing_after_a_failure(benchmark_main):
     benchmark_main("compare")
     started: list[int] = []
