@@ -310,9 +310,10 @@ class Recommender(lightning.LightningModule):
             UserError: if one is not finite.
         """
         if not self._weights_are_finite():
+            step = f" after optimiser step {self.global_step}" if self.trainer.state.fn == "fit" else ""
             raise UserError(
-                f"the weights are not finite after optimiser step {self.global_step}: they are not saved, and the "
-                "checkpoints before are kept; lower the learning rate (model.objective, model.warm_start)"
+                f"the weights are not finite{step}: they are never saved; use an earlier checkpoint, and lower the "
+                "learning rate (model.objective, model.warm_start)"
             )
 
     def check_scores(self, scores: Tensor) -> None:

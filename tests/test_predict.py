@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import LambdaCallback
 
 from callbacks import PredictionWriter
 from recsys.data import HistoryDataModule, PromptTemplate, Requests, Table
@@ -264,5 +265,15 @@ def test_weights_that_are_not_finite_are_refused(tables, tmp_path: Path) -> None
     prediction = Prediction(tables, tmp_path)
     prediction.model.policy.build(torch.device("cpu"))
     prediction.model.policy.head.weight.data.fill_(torch.nan)
-    with pytest.raises(UserError, match="not finite"):
+    with pytest.raises(UserError, match="scores of a real prompt are not numbers: its weights are not finite"):
+        prediction.run()
+
+
+def test_weights_that_a_checkpoint_spoilt_are_refused(tables, tmp_path: Path) -> None:
+    def load(trainer: Trainer, module: Recommender) -> None:  # a checkpoint's come after the check of a real prompt
+        module.policy.head.weight.data.fill_(torch.nan)
+
+    prediction = Prediction(tables, tmp_path)
+    prediction.trainer.callbacks.append(LambdaCallback(on_predict_start=load))
+    with pytest.raises(UserError, match="the weights are not finite: they are never saved; use an earlier checkpoint"):
         prediction.run()
