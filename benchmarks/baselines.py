@@ -12,9 +12,10 @@ bootstrap that resamples both.
 * Models learn from the events of the train rows alone: histories and targets. SASRec learns from the stretches that
   supervised fine-tuning goes through too, so that long histories count whole. Its epochs are chosen for each seed by
   Recall@10 on the validation rows, as checkpoints are.
-* A row is evaluated on all earlier events of its user, those after the training time too, as prompts are; SASRec reads
-  the newest of them. Every item of the catalogue is ranked. Items without a score, as the model does not know them,
-  share the last place. A row that gets no scores, as all of its history is unknown, is ranked by popularity.
+* A row is evaluated on earlier events of its user, those after the training time too, as prompts are: the newest ones,
+  as many as SASRec reads, and for item-kNN as many as Recall@10 on the validation rows chooses. Every item of the
+  catalogue is ranked. Items without a score, as the model does not know them, share the last place. A row that gets no
+  scores, as all of those events are unknown, is ranked by popularity.
 * "filtered" ranks without the items that the user has seen.
 """
 
@@ -51,6 +52,7 @@ def main(
     seeds: tuple[int, ...] = (0, 1, 2),
     epochs: tuple[int, ...] = (5, 10, 20, 40, 60),
     history: int = 50,
+    newest: tuple[int, ...] = (1, 3, 10, 30, 100, 1000),
 ) -> None:
     """Train and evaluate the models and print the tables.
 
@@ -59,6 +61,7 @@ def main(
         seeds: Seeds of SASRec. The other models do not depend on chance.
         epochs: Lengths of SASRec's training among which validation chooses.
         history: Most events that SASRec reads.
+        newest: Numbers of newest events among which validation chooses those that item-kNN goes by.
     """
     warnings.filterwarnings("ignore", module="pytorch_lightning|rectools|pydantic|torch")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
@@ -68,8 +71,8 @@ def main(
     neighbours = ImplicitItemKNNWrapperModel(CosineRecommender(K=100)).fit(whole)
     stretches = train_sessions(data, history)
     values = {
-        "popularity": [{part: evaluate(popular, popular, data, part) for part in PARTS}],
-        "item-kNN": [{part: evaluate(neighbours, popular, data, part) for part in PARTS}],
+        "popularity": [{part: evaluate(popular, popular, data, part, 1) for part in PARTS}],
+        "item-kNN": [item_knn(neighbours, newest, popular, data)],
         "SASRec": [sasrec(seed, stretches, epochs, history, popular, data) for seed in seeds],
     }
     for part, name in PARTS.items():
@@ -109,6 +112,17 @@ def train_sessions(data: HistoryDataModule, history: int) -> Dataset:
     return sessions(data, rows, data.histories.history_start(rows, history), rows + 1)
 
 
+def item_knn(
+    model: ModelBase, newest: tuple[int, ...], popular: ModelBase, data: HistoryDataModule
+) -> dict[str, pd.DataFrame]:
+    """Return the metrics of each part's rows with the number of newest events that is best on validation."""
+    val = {count: evaluate(model, popular, data, "val", count) for count in newest}
+    shown = ", ".join(f"{count} {metrics['R@10'].mean():.4f}" for count, metrics in val.items())
+    print(f"item-kNN, newest events: R@10 {shown}", file=sys.stderr, flush=True)
+    best = max(val, key=lambda count: val[count]["R@10"].mean())
+    return {"val": val[best], "test": evaluate(model, popular, data, "test", best)}
+
+
 def sasrec(
     seed: int, stretches: Dataset, epochs: tuple[int, ...], history: int, popular: ModelBase, data: HistoryDataModule
 ) -> dict[str, pd.DataFrame]:
@@ -122,20 +136,20 @@ def sasrec(
         model.fit_partial(stretches, min_epochs=epoch - trained, max_epochs=epoch - trained)
         trained = epoch
         seconds = time.perf_counter() - began
-        val = evaluate(model, popular, data, "val")
+        val = evaluate(model, popular, data, "val", history)
         recall = val["R@10"].mean()
         print(f"SASRec, seed {seed}, {epoch} epochs: R@10 {recall:.4f}, {seconds:.0f} s", file=sys.stderr, flush=True)
         if not best or recall > best["val"]["R@10"].mean():
-            best = {"val": val, "test": evaluate(model, popular, data, "test")}
+            best = {"val": val, "test": evaluate(model, popular, data, "test", history)}
     return best
 
 
-def evaluate(model: ModelBase, popular: ModelBase, data: HistoryDataModule, part: str) -> pd.DataFrame:
-    """Return each metric of the rows of one part, [R, metrics]."""
+def evaluate(model: ModelBase, popular: ModelBase, data: HistoryDataModule, part: str, newest: int) -> pd.DataFrame:
+    """Return each metric of the rows of one part, [R, metrics], by the newest events of each row's history."""
     every = data.evaluation_rows(part)
     frames = []
     for rows in np.split(every, range(CHUNK, len(every), CHUNK)):
-        scores = torch.from_numpy(score(model, popular, data, rows))
+        scores = torch.from_numpy(score(model, popular, data, rows, newest))
         items = np.broadcast_to(np.arange(len(data.catalog)), scores.shape)
         relevance = torch.from_numpy(items == data.histories.items[rows][:, None])
         seen = torch.from_numpy(data.histories.seen(rows, items))
@@ -148,9 +162,9 @@ def evaluate(model: ModelBase, popular: ModelBase, data: HistoryDataModule, part
     return pd.concat(frames)
 
 
-def score(model: ModelBase, popular: ModelBase, data: HistoryDataModule, rows: np.ndarray) -> np.ndarray:
-    """Return the score of each item after each row's history, [R, M] float64."""
-    histories = sessions(data, rows, data.histories.user_start[rows], rows)
+def score(model: ModelBase, popular: ModelBase, data: HistoryDataModule, rows: np.ndarray, newest: int) -> np.ndarray:
+    """Return the score of each item after the newest events of each row's history, [R, M] float64."""
+    histories = sessions(data, rows, data.histories.history_start(rows, newest), rows)
     if isinstance(model, ImplicitItemKNNWrapperModel):
         # its matrix ends with the last item of the train rows; of a later one its own loop reads memory beyond that
         similarity = model.model.similarity.copy()
@@ -165,7 +179,7 @@ def score(model: ModelBase, popular: ModelBase, data: HistoryDataModule, rows: n
         scores[pd.Index(rows).get_indexer(found[Columns.User]), found[Columns.Item]] = found[Columns.Score]
     lost = np.isnan(scores).all(1)
     if lost.any():
-        scores[lost] = score(popular, popular, data, rows[lost])
+        scores[lost] = score(popular, popular, data, rows[lost], newest)
     return np.where(np.isnan(scores), np.nanmin(scores) - 1, scores)
 
 

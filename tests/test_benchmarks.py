@@ -397,8 +397,9 @@ def test_synthetic_rows_follow_the_distribution_whose_recall_is_printed(
 def test_baselines(benchmark_main, tables: dict[str, str], capsys: pytest.CaptureFixture[str]):
     pytest.importorskip("rectools", reason="needs an environment of its own, see benchmarks/baselines.py")
     data = HistoryDataModule(Table(**tables), PromptTemplate())
-    benchmark_main("baselines")(data, seeds=(0, 1), epochs=(1, 2), history=6)
-    lines = [[cell.strip() for cell in line.split("|")] for line in capsys.readouterr().out.splitlines() if line]
+    benchmark_main("baselines")(data, seeds=(0, 1), epochs=(1, 2), history=6, newest=(1, 3, 9))
+    printed = capsys.readouterr()
+    lines = [[cell.strip() for cell in line.split("|")] for line in printed.out.splitlines() if line]
     models = [line for line in lines if line[1] in ("popularity", "item-kNN", "SASRec")]
     assert [line[2] for line in models] == ["1", "1", "2"] * 2  # seeds; of validation, then of test
     assert {line[6] for line in models} == {"1.0000"}  # R@20 of 20 items
@@ -408,6 +409,19 @@ def test_baselines(benchmark_main, tables: dict[str, str], capsys: pytest.Captur
     own = counts[h.items[h.test]][:, None]
     recall = ((10 - (counts > own).sum(1)) / (counts == own).sum(1)).clip(0, 1).mean()  # ties share their places
     assert models[3][5].split()[0] == f"{recall:.4f}"
+    chosen = np.zeros((len(h.user_start), len(data.catalog)))  # by the event that ends the user's train rows
+    for row in h.train:
+        chosen[h.user_start[row], h.items[h.user_start[row] : row + 1]] = 1
+    chosen = chosen[chosen.any(1)]
+    cosine = chosen.T @ chosen / np.maximum(np.outer(*[np.sqrt((chosen**2).sum(0))] * 2), 1e-12)
+    recalls = []
+    for count in (1, 3, 9):
+        hits = []
+        for row in h.val:
+            scores = sum(cosine[item] for item in h.items[max(h.user_start[row], row - count) : row])
+            hits.append((scores > scores[h.items[row]] + 1e-9).sum() < 10)
+        recalls.append(f"{count} {np.mean(hits):.4f}")
+    assert f"item-kNN, newest events: R@10 {', '.join(recalls)}\n" in printed.err
 
 
 def test_beams(benchmark_main, tables: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
