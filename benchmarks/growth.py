@@ -5,7 +5,8 @@ For each size of a policy compare.py makes a warm start and, by its rungs, phase
     for size in 16 32 64; do
         OMP_NUM_THREADS=1 python benchmarks/compare.py --config benchmarks/window.yaml --data=online-retail-ii \
             --out=runs/growth/$size --fit+=--model.policy.init_args.hidden_size=$size --seeds='[0]' --seconds=360 \
-            --only='["TAWin, K=10"]' --chosen='{}' --grid='[[{model.objective.init_args.anchor_coef: 0}]]' \
+            --only='["TAWin, K=10"]' --chosen='{}' \
+            --grid='[[{model.objective.init_args.learning_rate: 4.0e-4, model.objective.init_args.anchor_coef: 0}]]' \
             --rungs='[0.125, 0.25, 0.5, 1]' --test=false --against='[warm start]'
     done
     python benchmarks/growth.py --variant "TAWin, K=10" --out runs/growth \
