@@ -6,7 +6,6 @@ import argparse
 import errno
 import functools
 import logging
-import math
 import shutil
 import signal
 import sys
@@ -28,6 +27,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from callbacks import AdapterCheckpoint, BeamNegatives, PredictionWriter, RankingReport
 from callbacks.progress import LineProgress
+from recsys.checks import check_trainer_settings
 from recsys.cost import RunCost
 from recsys.data import HistoryDataModule, card_text, data_card
 from recsys.module import Recommender
@@ -185,17 +185,7 @@ class RecsysCLI(LightningCLI):
         settings = self._get(self.config, "trainer")
         if settings.get("logger") is None:
             kwargs["logger"] = self._get(self.config_init, "logger")
-        every, between, epochs = (settings[n] for n in ("check_val_every_n_epoch", "val_check_interval", "max_epochs"))
-        for name, most in (("accumulate_grad_batches", math.inf), ("num_nodes", 2**16)):
-            if not 1 <= settings[name] <= most:
-                limit = "" if most == math.inf else f" and at most {most:,}"
-                raise UserError(f"trainer.{name} must be at least 1{limit}, but it is {settings[name]}")
-        if every is not None and every < 1:
-            raise UserError(f"trainer.check_val_every_n_epoch must be at least 1, but it is {every}")
-        if isinstance(between, int | float) and not between > 0:
-            raise UserError(f"trainer.val_check_interval must be above 0, but it is {between}")
-        if epochs == -1 and settings.max_steps == -1 and settings.max_time is None:
-            raise UserError("trainer.max_epochs is -1: training would never end; set it, max_steps or max_time")
+        check_trainer_settings(settings)
         try:
             trainer: Any = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError, TypeError) as error:

@@ -10,15 +10,15 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from recsys.agreement import check_agreement
 from recsys.allowed import Allowed
+from recsys.checks import check_interval, check_monitors, check_strategy
 from recsys.data import HistoryDataModule, Requests
 from recsys.engine import TreeEngine
-from recsys.evaluation import Evaluation, logged_names
+from recsys.evaluation import Evaluation
 from recsys.fingerprint import check_fingerprint, fingerprint, report_changes, settings_of
 from recsys.groups import Groups, GroupSource
 from recsys.logprobs import Normalization
@@ -127,16 +127,7 @@ class Recommender(lightning.LightningModule):
                 monitors, the precision is not the policy's own, or the strategy neither averages the gradients of a
                 pass through the decoder alone nor needs to.
         """
-        if not isinstance(self.trainer.strategy, SingleDeviceStrategy | DDPStrategy):
-            raise UserError(
-                f"trainer.strategy: {type(self.trainer.strategy).__name__} is not supported; use ddp, or "
-                "recsys.shard.ShardedStrategy to divide the base among the processes"
-            )
-        if self.trainer.precision != "32-true":  # would round the log-probabilities, or the adapter's weights
-            raise UserError(
-                f"trainer.precision is {self.trainer.precision}: leave it at 32-true, and set the compute type of an "
-                "LLMPolicy by its dtype"
-            )
+        check_strategy(self.trainer)
         settings = self._dial_settings()
         if self.trainer.state.fn == "fit" and not self.objective.supervised and settings.best_share is None:
             raise UserError(
@@ -144,7 +135,8 @@ class Recommender(lightning.LightningModule):
             )
         settings.check(self.window.ends_at())
         if self.window.alpha is None:  # else K depends on the catalogue
-            self._check_monitors((*(self.cutoffs or DEFAULT_CUTOFFS), self.window.k or DEFAULT_K))
+            cutoffs = (*(self.cutoffs or DEFAULT_CUTOFFS), self.window.k or DEFAULT_K)
+            check_monitors(self.trainer.callbacks, cutoffs)  # type: ignore[attr-defined]
 
     def _dial_settings(self) -> DialSettings:
         source = next((c for c in self.trainer.callbacks if isinstance(c, GroupSource)), None)  # type: ignore[attr-defined]
@@ -155,29 +147,9 @@ class Recommender(lightning.LightningModule):
         reach = self.objective.reach
         return replace(settings, count=source.count, best_share=source.best_share, reach=reach)
 
-    def _check_monitors(self, cutoffs: tuple[int, ...]) -> None:
-        names = logged_names("val", cutoffs)
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            monitor = getattr(callback, "monitor", None)
-            if monitor is not None and not monitor.startswith("train/") and monitor not in names:
-                raise UserError(
-                    f"{type(callback).__name__} monitors {monitor!r}, which no metric has with model.cutoffs "
-                    f"{sorted(set(cutoffs))}; there are {', '.join(sorted(names))}"
-                )
-
-    def _check_interval(self) -> None:
-        trainer: Any = self.trainer
-        interval = trainer.val_check_interval
-        if not isinstance(interval, int) or trainer.check_val_every_n_epoch is None or not trainer.enable_validation:
-            return
+    def _shortest_epoch(self) -> int:
         phases = self.phase_at(0), self.phase_at(self.warm_start_epochs)
-        batches = min(len(self.data.plan(0, p.warm_start, 0, trainer.world_size)) for p in phases)
-        limit = trainer.limit_train_batches
-        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-        if interval > batches:
-            raise UserError(
-                f"trainer.val_check_interval is {interval}, but an epoch has {batches} batch{'es' * (batches != 1)}"
-            )
+        return min(len(self.data.plan(0, phase.warm_start, 0, self.trainer.world_size)) for phase in phases)
 
     def setup(self, stage: str) -> None:
         """Turn the dial to the catalogue, and make the metrics.
@@ -187,9 +159,9 @@ class Recommender(lightning.LightningModule):
         """
         trie = Trie.from_sequences(self.data.item_tokens)
         self.dial = self._dial_settings().resolve(trie.num_items, trie.num_items - trie.max_duplicates)
-        self._check_monitors(self.dial.cutoffs)
+        check_monitors(self.trainer.callbacks, self.dial.cutoffs)  # type: ignore[attr-defined]
         if stage == "fit":
-            self._check_interval()
+            check_interval(self.trainer, self._shortest_epoch)
         self._trie = trie
         self._fingerprint = fingerprint(self.data, self.tokenizer)
         rank_zero_info(str(self.dial))
