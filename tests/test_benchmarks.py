@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jsonargparse
 import numpy as np
 import pandas as pd
 import pytest
@@ -312,6 +313,19 @@ def test_a_variant_takes_no_setting_that_its_arguments_give(benchmark_main, tmp_
     sweep = compare.Sweep(tmp_path, (), variants, (0,), {}, 0, None, ThreadPoolExecutor(1))
     found = compare.choose(sweep, [], (1.0,), "wpauc", {"TAWin": {RATE: 1e-3, anchor: 0.1}})
     assert found == {"TAWin": {RATE: 1e-3, anchor: 0.1}, "no anchor": {RATE: 1e-3}}
+
+
+def test_arguments_are_added_to_those_of_a_comparison(benchmark_main, monkeypatch: pytest.MonkeyPatch, capsys):
+    """As the pages of results do, which show numbers of all test rows."""
+    config = Path(__file__).parents[1] / "benchmarks" / "window.yaml"
+    shared = yaml.safe_load(config.read_text())["fit"]
+    added = ["--fit+=--data.val_rows=8000", "--fit+=--data.test_rows=null"]
+    monkeypatch.setattr(sys, "argv", ["compare.py", f"--config={config}", *added, "--print_config"])
+    main = benchmark_main("compare")
+    with pytest.raises(SystemExit):
+        jsonargparse.auto_cli(main, as_positional=False)
+    given = yaml.safe_load(capsys.readouterr().out)["fit"]
+    assert given == [*shared, "--data.val_rows=8000", "--data.test_rows=null"]
 
 
 def test_growth_counts_what_each_length_changed(benchmark_main, tmp_path: Path, capsys):
