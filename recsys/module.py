@@ -124,8 +124,7 @@ class Recommender(lightning.LightningModule):
 
         Raises:
             UserError: if two contradict each other, nothing finds negatives, no metric has the name that a callback
-                monitors, the precision is not the policy's own, or the strategy neither averages the gradients of a
-                pass through the decoder alone nor needs to.
+                monitors, or as :func:`recsys.checks.check_strategy`.
         """
         check_strategy(self.trainer)
         settings = self._dial_settings()
