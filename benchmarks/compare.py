@@ -173,6 +173,9 @@ class Sweep:
         parallel(self.pool, self._train, runs)
 
     def _train(self, run: Run) -> None:
+        for started in self.started.values():
+            if started.done():
+                started.result()  # one that failed ends the comparison now, not when its own seed comes
         if run.seed in self.warm:
             self.started[run.seed].result()  # begun before this, so that a job is left for it
             run.train(self.warm[run.seed].checkpoint)

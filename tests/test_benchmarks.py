@@ -365,6 +365,27 @@ def test_growth_takes_no_run_among_several_of_one_length(benchmark_main, tmp_pat
         phases(tmp_path, "TAWin")
 
 
+def test_a_failed_warm_start_ends_a_comparison_before_its_seed_comes(benchmark_main, tmp_path: Path, monkeypatch):
+    benchmark_main("compare")
+    compare = sys.modules["compare"]
+    trained = []
+
+    def train(run, start: Path | None) -> None:
+        trained.append((run.variant, run.seed))
+        if (run.variant, run.seed) == (compare.WARM_START, 1):
+            raise SystemExit("the warm start failed")
+
+    monkeypatch.setattr(compare.Run, "train", train)
+    monkeypatch.setattr(compare.Run, "checkpoint", tmp_path / "last.ckpt")
+    warm = {seed: compare.Run(tmp_path, compare.WARM_START, (), seed) for seed in (0, 1)}
+    with ThreadPoolExecutor(1) as pool:
+        sweep = compare.Sweep(tmp_path, (), {"NLL": compare.Variant()}, (0, 1), warm, 1, None, pool)
+        sweep.warm_up()
+        with pytest.raises(SystemExit, match="the warm start failed"):
+            sweep.train([compare.Run(tmp_path, "NLL", (), 0)])
+    assert trained == [(compare.WARM_START, 0), (compare.WARM_START, 1)]
+
+
 def test_compare_starts_nothing_after_a_failure(benchmark_main):
     benchmark_main("compare")
     started: list[int] = []
