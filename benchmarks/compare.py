@@ -161,6 +161,7 @@ class Sweep:
     warm: dict[int, Run]  # each seed's warm start
     epochs: int  # of the warm start
     seconds: float | None
+    measured: int  # stretches of a pilot
     pool: Executor
     started: dict[int, Future[None]] = field(default_factory=dict)
 
@@ -198,7 +199,7 @@ class Sweep:
 
     def pilot(self, name: str) -> Run:
         """Return a short run that measures the speed of a variant."""
-        budget = ["--data.policy_stretches=1600", f"--trainer.max_epochs={self.epochs + 1}"]
+        budget = [f"--data.policy_stretches={self.measured}", f"--trainer.max_epochs={self.epochs + 1}"]
         budget += ["--trainer.limit_val_batches=0"]
         return Run(self.root, name, (*self.fit, *self.variants[name].arguments, *budget), self.seeds[0], "pilot")
 
@@ -227,6 +228,7 @@ def main(
     warm_start: list[str] | None = None,
     warm_start_epochs: int = 0,
     seconds: float | None = None,
+    pilot: int = 1600,
     grid: list[list[dict[str, Any]]] | None = None,
     rungs: tuple[float, ...] = (1.0,),
     chosen: dict[str, dict[str, Any]] | None = None,
@@ -251,6 +253,8 @@ def main(
         warm_start: Further arguments of a run from whose end the variants go on, one for each seed.
         warm_start_epochs: Its epochs.
         seconds: Time that each variant trains for, behind the warm start; null leaves the config's numbers.
+        pilot: Stretches of the run that measures how many a variant goes through in that time. Take more where one
+            costs less as training goes on; the table shows the real seconds.
         grid: Choices to make, one after the other, each between some settings (options with their values).
         rungs: Shares of the budget in successive halving: after each, the better half goes on, after the last the best.
         chosen: Settings of variants that need no choice any more, as an earlier run printed them.
@@ -278,7 +282,7 @@ def main(
     shared = tuple(map(filled, fit))
     warm = {seed: Run(root, WARM_START, (*shared, *warm_start), seed) for seed in seeds if warm_start is not None}
     with ThreadPoolExecutor(jobs) as pool:
-        sweep = Sweep(root, shared, compared, seeds, warm, warm_start_epochs, seconds, pool)
+        sweep = Sweep(root, shared, compared, seeds, warm, warm_start_epochs, seconds, pilot, pool)
         sweep.warm_up()
         if seconds is not None:
             sweep.train(sweep.pilot(name) for name in compared)

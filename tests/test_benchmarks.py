@@ -198,8 +198,10 @@ def test_compare_gives_each_variant_the_stretches_that_fit_the_time(
     variants = {"TAWin": variant(), "NLL": variant([SFT]), "NLL as long": variant([SFT], as_many_as="TAWin")}
     options = {"seeds": (3,), "cutoffs": (1, 5), "warm_start": ["--trainer.max_epochs=1"], "warm_start_epochs": 1}
     options |= {"folder": str(Path(tables["interactions"]).parent), "data": "sweep"}
-    options |= {"seconds": 0.2, "against": ("NLL",)}
+    options |= {"seconds": 0.2, "pilot": 24, "against": ("NLL",)}
     main(comparison, variants, "runs/{data}", **options)
+    piloted = yaml.safe_load(Path("runs/sweep/TAWin/pilot/seed3/version_0/config.yaml").read_text())
+    assert piloted["data"]["policy_stretches"] == 24
     stretches = {}
     for name, of in {"TAWin": "TAWin", "NLL": "NLL", "NLL as long": "TAWin"}.items():
         speed = json.loads(Path(f"runs/sweep/{of}/pilot/seed3/cost.json").read_text())["seconds a stretch"]
