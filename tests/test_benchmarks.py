@@ -312,7 +312,7 @@ def test_a_variant_takes_no_setting_that_its_arguments_give(benchmark_main, tmp_
     compare = sys.modules["compare"]
     anchor = "model.objective.init_args.anchor_coef"
     variants = {"TAWin": compare.Variant(), "no anchor": compare.Variant([f"--{anchor}=0"], like="TAWin")}
-    sweep = compare.Sweep(tmp_path, (), variants, (0,), {}, 0, None, ThreadPoolExecutor(1))
+    sweep = compare.Sweep(tmp_path, (), variants, (0,), {}, 0, None, 1, ThreadPoolExecutor(1))
     found = compare.choose(sweep, [], (1.0,), "wpauc", {"TAWin": {RATE: 1e-3, anchor: 0.1}})
     assert found == {"TAWin": {RATE: 1e-3, anchor: 0.1}, "no anchor": {RATE: 1e-3}}
 
@@ -381,7 +381,7 @@ def test_a_failed_warm_start_ends_a_comparison_before_its_seed_comes(benchmark_m
     monkeypatch.setattr(compare.Run, "checkpoint", tmp_path / "last.ckpt")
     warm = {seed: compare.Run(tmp_path, compare.WARM_START, (), seed) for seed in (0, 1)}
     with ThreadPoolExecutor(1) as pool:
-        sweep = compare.Sweep(tmp_path, (), {"NLL": compare.Variant()}, (0, 1), warm, 1, None, pool)
+        sweep = compare.Sweep(tmp_path, (), {"NLL": compare.Variant()}, (0, 1), warm, 1, None, 1, pool)
         sweep.warm_up()
         with pytest.raises(SystemExit, match="the warm start failed"):
             sweep.train([compare.Run(tmp_path, "NLL", (), 0)])
