@@ -161,7 +161,7 @@ class Sweep:
     warm: dict[int, Run]  # each seed's warm start
     epochs: int  # of the warm start
     seconds: float | None
-    measured: int  # stretches of a pilot
+    pilot_stretches: int
     pool: Executor
     started: dict[int, Future[None]] = field(default_factory=dict)
 
@@ -199,7 +199,7 @@ class Sweep:
 
     def pilot(self, name: str) -> Run:
         """Return a short run that measures the speed of a variant."""
-        budget = [f"--data.policy_stretches={self.measured}", f"--trainer.max_epochs={self.epochs + 1}"]
+        budget = [f"--data.policy_stretches={self.pilot_stretches}", f"--trainer.max_epochs={self.epochs + 1}"]
         budget += ["--trainer.limit_val_batches=0"]
         return Run(self.root, name, (*self.fit, *self.variants[name].arguments, *budget), self.seeds[0], "pilot")
 
