@@ -22,6 +22,8 @@ from transformers import AutoTokenizer
 
 from recsys.cli import main as cli_main
 from recsys.data import HistoryDataModule, PromptTemplate, Table
+from recsys.objectives import ScoredGroups, TAWin
+from recsys.window import Window
 
 
 @pytest.fixture
@@ -223,13 +225,16 @@ def test_compare_gives_each_variant_the_stretches_that_fit_the_time(
 
 
 @pytest.mark.usefixtures("one_parser")
-@pytest.mark.parametrize("name", ["normalization", "synthetic", "window"])
+@pytest.mark.parametrize("name", ["anatomy", "normalization", "synthetic", "window"])
 def test_compared_variants_are_configs_that_measure_what_is_shown_and_all_different(
     benchmark_main, name: str, monkeypatch: pytest.MonkeyPatch, capsys
 ):
     root = Path(__file__).parents[1]
     monkeypatch.chdir(root)
     options = yaml.safe_load((root / "benchmarks" / f"{name}.yaml").read_text())
+    if "fit+" in options:  # it goes on top of another
+        below = yaml.safe_load((root / "benchmarks" / "window.yaml").read_text())
+        options = below | options | {"fit": below["fit"] + options["fit+"]}
     fit = [argument.replace("{data}", options.get("data", "")) for argument in options["fit"]]
     shown = inspect.signature(benchmark_main("compare")).parameters["cutoffs"].default
     configs: dict[str, list[str]] = {}
@@ -247,6 +252,36 @@ def test_compared_variants_are_configs_that_measure_what_is_shown_and_all_differ
             if not cell and "as_many_as" not in given:
                 configs.setdefault(config, []).append(variant)
     assert all(len(same) == 1 for same in configs.values()), configs
+
+
+@pytest.mark.parametrize("rows", ["at", "above", "both"])
+@pytest.mark.parametrize("form", ["linear", "logistic", "likelihood"])
+def test_anatomy_is_the_gradient_of_its_loss_on_its_rows(benchmark_main, rows: str, form: str) -> None:
+    benchmark_main("compare")
+    objective = importlib.import_module("anatomy").Anatomy(rows=rows, form=form, clip_eps=10.0)
+    window = Window(k=4, half_width=2).resolve(200)  # negatives 3 to 6
+    torch.manual_seed(0)
+    negatives = torch.randn(60, 8).double().sort(descending=True).values
+    scores = torch.cat([torch.randn(60, 1).double() * 1.5, negatives], 1).requires_grad_()
+    parts = objective.loss(ScoredGroups(scores, scores.detach(), None, window))
+    trained = objective.trains(scores.detach(), window)
+    (got,) = torch.autograd.grad((parts["loss"] * trained).sum(), scores)
+
+    for row in range(60):
+        s = scores[row].detach().clone().requires_grad_()
+        above = int((s[1:] > s[0]).sum())
+        limits = {"at": (2, 6), "above": (0, 1), "both": (0, 6)}[rows]
+        surrogate = {
+            "linear": (s[3:7] - s[0]).mean() * 8**0.5 / 9,
+            "logistic": 2 * torch.log(1 + torch.exp(s[3:7] - s[0])).mean() * 8**0.5 / 9,
+            "likelihood": -s[0],
+        }[form]
+        (want,) = torch.autograd.grad(surrogate * (limits[0] <= above <= limits[1]), s)
+        torch.testing.assert_close(got[row], want)
+    assert 0 < int(trained.sum()) < 60
+    if (rows, form) == ("at", "linear"):
+        given = ScoredGroups(scores.detach(), scores.detach(), None, window)
+        torch.testing.assert_close(objective.advantages(given), TAWin().advantages(given))
 
 
 def test_report_against_counts_and_a_loop(benchmark_main, tmp_path: Path, capsys):
