@@ -13,6 +13,8 @@ from typing import Any
 import yaml
 from jsonargparse import ActionConfigFile
 
+from recsys.types import UserError
+
 GROUPS = ("model", "data", "trainer", "logger", "negatives", "checkpoint", "report", "predictions")
 CLASSES = ("model.policy", "model.objective", "model.warm_start", "data.source", "trainer.logger", "trainer.strategy")
 
@@ -35,8 +37,13 @@ class ReplaceParts(ActionConfigFile):
 
 
 def as_configs(arguments: list[str]) -> list[str]:
-    """Write each argument that replaces a part (``--data FILE``, ``--model.policy CLASS``) as a ``--config``."""
-    result = []
+    """Write each argument that replaces a part (``--data FILE``, ``--model.policy CLASS``) as a ``--config``.
+
+    Raises:
+        UserError: if an option inside the part stands before it, which would be lost.
+    """
+    result: list[str] = []
+    before: list[str] = []
     rest = iter(arguments)
     for argument in rest:
         name, given, value = argument.partition("=")
@@ -45,11 +52,15 @@ def as_configs(arguments: list[str]) -> list[str]:
             value = value if given else next(rest, "")
             loaded = _load(value)
             if _replaces(loaded):
+                lost = [option for option in before if option.startswith(f"{name}.")]
+                if lost:
+                    raise UserError(f"{lost[0]} stands before {name}, which replaces all settings in it: put it behind")
                 for key in reversed(part.split(".")):
                     loaded = {key: loaded}
                 argument = f"--config={yaml.safe_dump(loaded, default_flow_style=True, width=10**6).strip()}"
             else:
                 argument = f"{name}={value}"
+        before.append(name)
         result.append(argument)
     return result
 

@@ -317,6 +317,29 @@ def test_a_part_that_is_replaced_inherits_nothing(
     assert (same["gate"], same["temperature"], same["learning_rate"]) == ("threshold", 2.0, 1e-4)
 
 
+@pytest.mark.parametrize(
+    ("option", "part"),
+    [
+        ("--model.objective.init_args.learning_rate=5e-4", "--model.objective=recsys.objectives.TAWin"),
+        ("--data.batch_size=3", "--data=data.yaml"),
+        ("--model.policy.init_args.heads=4", '--model.policy={"class_path": "recsys.policy.TinyPolicy"}'),
+    ],
+)
+def test_an_option_that_a_part_behind_it_would_drop_is_refused(
+    small: list[str], option: str, part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit = ["fit", config("debug.yaml"), "--data=data.yaml"]
+    with pytest.raises(SystemExit) as stop:
+        main([*fit, option, part])
+    assert stop.value.code == 1
+    lost, replacing = option.partition("=")[0], part.partition("=")[0]
+    assert f"{lost} stands before {replacing}, which replaces all" in capsys.readouterr().err
+    assert printed([*fit, part, option], capsys)
+    changes = '--model.objective={"init_args": {"clip_eps": 0.3}}'  # names no class, so it drops nothing
+    found = printed([*fit, "--model.objective.init_args.learning_rate=5e-4", changes], capsys)["model"]["objective"]
+    assert (found["init_args"]["learning_rate"], found["init_args"]["clip_eps"]) == (5e-4, 0.3)
+
+
 def test_settings_inside_a_part_change_it(
     small: list[str], tables: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
