@@ -7,6 +7,7 @@ whatever names a part's file or class puts the part back to its defaults first; 
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ class ReplaceParts(ActionConfigFile):
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         """Apply one file, or one text of YAML."""
-        tree = _load(Path(values).read_text() if _is_file(values) else values)
+        tree = _read(values)
         for part in (*GROUPS, *CLASSES):
             if _replaces(_get(tree, part)) and part in cfg:
                 if part in GROUPS:
@@ -40,7 +41,7 @@ def as_configs(arguments: list[str]) -> list[str]:
     """Write each argument that replaces a part (``--data FILE``, ``--model.policy CLASS``) as a ``--config``.
 
     Raises:
-        UserError: if an option inside the part stands before it, which would be lost.
+        UserError: if an option inside a part stands before what replaces the part, and so would be lost.
     """
     result: list[str] = []
     before: list[str] = []
@@ -48,21 +49,32 @@ def as_configs(arguments: list[str]) -> list[str]:
     for argument in rest:
         name, given, value = argument.partition("=")
         part = name.removeprefix("--")
-        if name.startswith("--") and part in (*GROUPS, *CLASSES):
+        words = [argument]
+        if name == "--config":
+            words += [] if given else islice(rest, 1)
+            value = value if given else words[-1]
+            tree = _read(value)
+            replaced = [part for part in (*GROUPS, *CLASSES) if _replaces(_get(tree, part))]
+            _refuse_lost(before, replaced, f"{name} {value}")
+        elif name.startswith("--") and part in (*GROUPS, *CLASSES):
             value = value if given else next(rest, "")
             loaded = _load(value)
             if _replaces(loaded):
-                lost = [option for option in before if option.startswith(f"{name}.")]
-                if lost:
-                    raise UserError(f"{lost[0]} stands before {name}, which replaces all settings in it: put it behind")
+                _refuse_lost(before, [part], name)
                 for key in reversed(part.split(".")):
                     loaded = {key: loaded}
-                argument = f"--config={yaml.safe_dump(loaded, default_flow_style=True, width=10**6).strip()}"
+                words = [f"--config={yaml.safe_dump(loaded, default_flow_style=True, width=10**6).strip()}"]
             else:
-                argument = f"{name}={value}"
+                words = [f"{name}={value}"]
         before.append(name)
-        result.append(argument)
+        result += words
     return result
+
+
+def _refuse_lost(before: list[str], parts: list[str], replacing: str) -> None:
+    for option in before:
+        if option.startswith(tuple(f"--{part}." for part in parts)):
+            raise UserError(f"{option} stands before {replacing}, which replaces what it sets: put it behind")
 
 
 def _is_file(value: str) -> bool:
@@ -70,6 +82,13 @@ def _is_file(value: str) -> bool:
         return Path(value).is_file()
     except OSError:  # a text that is too long for a path
         return False
+
+
+def _read(value: str) -> Any:
+    try:
+        return _load(Path(value).read_text() if _is_file(value) else value)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {value}: {error}") from error
 
 
 def _load(text: str) -> Any:

@@ -322,18 +322,20 @@ def test_a_part_that_is_replaced_inherits_nothing(
     [
         ("--model.objective.init_args.learning_rate=5e-4", "--model.objective=recsys.objectives.TAWin"),
         ("--data.batch_size=3", "--data=data.yaml"),
+        ("--data.batch_size=3", "--config=second.yaml"),
         ("--model.policy.init_args.heads=4", '--model.policy={"class_path": "recsys.policy.TinyPolicy"}'),
     ],
 )
 def test_an_option_that_a_part_behind_it_would_drop_is_refused(
     small: list[str], option: str, part: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    Path("second.yaml").write_text(yaml.safe_dump({"data": "data.yaml"}))
     fit = ["fit", config("debug.yaml"), "--data=data.yaml"]
     with pytest.raises(SystemExit) as stop:
         main([*fit, option, part])
     assert stop.value.code == 1
     lost, replacing = option.partition("=")[0], part.partition("=")[0]
-    assert f"{lost} stands before {replacing}, which replaces all" in capsys.readouterr().err
+    assert f"{lost} stands before {replacing}" in capsys.readouterr().err
     assert printed([*fit, part, option], capsys)
     changes = '--model.objective={"init_args": {"clip_eps": 0.3}}'  # names no class, so it drops nothing
     found = printed([*fit, "--model.objective.init_args.learning_rate=5e-4", changes], capsys)["model"]["objective"]
