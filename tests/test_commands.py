@@ -144,13 +144,13 @@ def test_options_of_pages_are_settings_of_every_config(
 
 
 def in_small(arguments: list[str], policy: str, small: list[str]) -> list[str]:
-    """The command with a small policy and few steps before its own options, but for the policy that it names."""
+    """The command with a small policy and few steps before its own options, but for its policy and its files."""
     split = (argument.split("=", 1) if argument.startswith("--") else [argument] for argument in arguments)
     words = [word for part in split for word in part]
     pairs = list(zip(words[1::2], words[2::2], strict=True))
-    configs = [f"{name}={value}" for name, value in pairs if name == "--config"]
-    others = [f"{name}={value}" for name, value in pairs if name not in ("--config", "--model.policy")]
-    return [words[0], *configs, policy, *small, *others]
+    files = [f"{name}={value}" for name, value in pairs if name in ("--config", "--data")]
+    others = [f"{name}={value}" for name, value in pairs if name not in ("--config", "--data", "--model.policy")]
+    return [words[0], *files, policy, *small, *others]
 
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.name)
