@@ -50,7 +50,7 @@ def as_configs(arguments: list[str]) -> list[str]:
         name, given, value = argument.partition("=")
         part = name.removeprefix("--")
         words = [argument]
-        if name == "--config":
+        if name in ("--config", "-c"):
             words += [] if given else islice(rest, 1)
             value = value if given else words[-1]
             tree = _read(value)

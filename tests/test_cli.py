@@ -323,6 +323,7 @@ def test_a_part_that_is_replaced_inherits_nothing(
         ("--model.objective.init_args.learning_rate=5e-4", "--model.objective=recsys.objectives.TAWin"),
         ("--data.batch_size=3", "--data=data.yaml"),
         ("--data.batch_size=3", "--config=second.yaml"),
+        ("--data.batch_size=3", "-c=second.yaml"),
         ("--model.policy.init_args.heads=4", '--model.policy={"class_path": "recsys.policy.TinyPolicy"}'),
     ],
 )
@@ -340,6 +341,14 @@ def test_an_option_that_a_part_behind_it_would_drop_is_refused(
     changes = '--model.objective={"init_args": {"clip_eps": 0.3}}'  # names no class, so it drops nothing
     found = printed([*fit, "--model.objective.init_args.learning_rate=5e-4", changes], capsys)["model"]["objective"]
     assert (found["init_args"]["learning_rate"], found["init_args"]["clip_eps"]) == (5e-4, 0.3)
+
+
+def test_a_config_that_is_no_text_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "weights.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", str(tmp_path / "weights.yaml")])
+    assert stop.value.code == 1
+    assert f"recsys: error: --config {tmp_path / 'weights.yaml'}: 'utf-8'" in capsys.readouterr().err
 
 
 def test_settings_inside_a_part_change_it(
