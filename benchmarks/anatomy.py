@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from recsys.functional.partial_auc import window_weights
-from recsys.objectives import TAWin
+from recsys.functional import tawin_advantages
+from recsys.objectives import GRPO
 from recsys.objectives.base import ScoredGroups
 from recsys.window import ResolvedWindow
 
@@ -22,18 +22,20 @@ Rows = Literal["at", "above", "both"]
 Form = Literal["linear", "logistic", "likelihood"]
 
 
-class Anatomy(TAWin):
+class Anatomy(GRPO):
     """TAWin with other rows or another loss; ``at`` with ``linear`` is TAWin itself.
 
     Args:
         rows: Rows that are trained: whose positive is ``at`` the window, ``above`` it, or ``both``.
         form: ``linear`` is TAWin's loss, ``logistic`` has pairs fade where the positive is ahead, as the gradient of
             log(1 + exp(s_j - s+)) does, and ``likelihood`` is the positive's log-likelihood, without negatives.
-        kwargs: As for TAWin.
+        kwargs: As for GRPO.
     """
 
+    reach = "window"
+
     def __init__(self, rows: Rows = "at", form: Form = "linear", **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(train_missed=False, **kwargs)
         self.rows = rows
         self.form = form
         self.scores_negatives = form != "likelihood"
@@ -52,12 +54,11 @@ class Anatomy(TAWin):
     def advantages(self, groups: ScoredGroups) -> Tensor:
         """Return the advantages ``[R, G]``."""
         scores, window = groups.scores.detach(), groups.window
-        n = scores.shape[1] - 1
-        pairs = window_weights(scores[:, 1:], window.start, window.end) * n / (window.end - window.start)
+        advantages = tawin_advantages(scores, groups.relevance, *window.rates, gate="none")
         if self.form == "logistic":
-            pairs = pairs * 2 * torch.sigmoid(scores[:, 1:] - scores[:, :1])  # 1 where the two scores are equal
-        advantages = torch.cat([pairs.sum(1, keepdim=True), -pairs], 1) / math.sqrt(n)
-        return (advantages * self.trains(scores, window)[:, None]).to(scores.dtype)
+            pairs = advantages[:, 1:] * 2 * torch.sigmoid(scores[:, 1:] - scores[:, :1])  # as linear at equal scores
+            advantages = torch.cat([-pairs.sum(1, keepdim=True), pairs], 1)
+        return advantages * self.trains(scores, window)[:, None]
 
     def loss(self, groups: ScoredGroups) -> dict[str, Tensor]:
         """Return the loss of each group."""

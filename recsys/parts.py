@@ -27,9 +27,8 @@ class ReplaceParts(ActionConfigFile):
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         """Apply one file, or one text of YAML."""
-        tree = _read(values)
-        for part in (*GROUPS, *CLASSES):
-            if _replaces(_get(tree, part)) and part in cfg:
+        for part in _replaced(values):
+            if part in cfg:
                 if part in GROUPS:
                     cfg[part] = parser.get_defaults()[part]
                 else:
@@ -53,9 +52,7 @@ def as_configs(arguments: list[str]) -> list[str]:
         if name in ("--config", "-c"):
             words += [] if given else islice(rest, 1)
             value = value if given else words[-1]
-            tree = _read(value)
-            replaced = [part for part in (*GROUPS, *CLASSES) if _replaces(_get(tree, part))]
-            _refuse_lost(before, replaced, f"{name} {value}")
+            _refuse_lost(before, _replaced(value), f"{name} {value}")
         elif name.startswith("--") and part in (*GROUPS, *CLASSES):
             value = value if given else next(rest, "")
             loaded = _load(value)
@@ -84,11 +81,13 @@ def _is_file(value: str) -> bool:
         return False
 
 
-def _read(value: str) -> Any:
+def _replaced(config: str) -> list[str]:
+    """Return the parts that a file, or a text of YAML, replaces."""
     try:
-        return _load(Path(value).read_text() if _is_file(value) else value)
+        tree = _load(Path(config).read_text() if _is_file(config) else config)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {value}: {error}") from error
+        raise UserError(f"--config {config}: {error}") from error
+    return [part for part in (*GROUPS, *CLASSES) if _replaces(_get(tree, part))]
 
 
 def _load(text: str) -> Any:
