@@ -27,6 +27,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from callbacks import AdapterCheckpoint, BeamNegatives, PredictionWriter, RankingReport
 from callbacks.progress import LineProgress
+from recsys import __version__
 from recsys.checks import check_trainer_settings
 from recsys.cost import RunCost
 from recsys.data import HistoryDataModule, card_text, data_card
@@ -39,7 +40,7 @@ from recsys.types import UserError
 DESCRIPTION = (
     "Train and evaluate LLM recommenders on windowed partial AUC. A checkpoint holds its settings, which --ckpt_path "
     "without --config takes. `recsys recommend` shows what a checkpoint recommends after one history; "
-    "`recsys configs` copies the shipped configs into the folder `configs`."
+    "`recsys configs` copies the shipped configs into a new folder."
 )
 BARS = (TQDMProgressBar, RichProgressBar)  # Lightning's defaults, the second where rich is installed
 _load = get_loader("yaml")
@@ -238,11 +239,12 @@ def main(args: list[str] | None = None) -> None:
         sys.path.append(str(Path.cwd()))  # a user's own classes; last, so that no file there hides a library
     try:
         given = sys.argv[1:] if args is None else args
-        if given == ["configs"]:
-            return copy_configs(Path("configs"))
+        if given[:1] == ["configs"]:
+            return copy_configs(configs_parser().parse_args(given[1:]).folder)
         if given[:1] == ["recommend"]:
             return recommend(given[1:])
-        command_line(args, save_config_callback=SaveConfig, parser_kwargs={"description": DESCRIPTION})
+        about = {"description": DESCRIPTION, "version": __version__}
+        command_line(args, save_config_callback=SaveConfig, parser_kwargs=about)
     except SIGTERMException:  # has no code of its own, which would mean success
         raise SystemExit(128 + signal.SIGTERM) from None
     except KeyboardInterrupt:
@@ -282,6 +284,13 @@ def _run_name(settings: Any) -> str:
         return NO_LOGGER
     name = settings.logger.name if logger in (None, True) else logger.get("init_args", {}).get("name")
     return str(name or NO_LOGGER)
+
+
+def configs_parser() -> argparse.ArgumentParser:
+    """Return the arguments of ``recsys configs``."""
+    parser = argparse.ArgumentParser("recsys configs", description="Copy the shipped configs into a new folder.")
+    parser.add_argument("folder", nargs="?", type=Path, default="configs", help="the new folder (default: configs)")
+    return parser
 
 
 def copy_configs(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import re
 import subprocess
@@ -431,3 +432,14 @@ def test_the_shipped_configs_can_be_copied(tmp_path: Path, monkeypatch: pytest.M
     copied = {str(path.relative_to("configs")) for path in Path("configs").rglob("*.yaml")}
     assert copied == {str(path.relative_to(ROOT / "configs")) for path in (ROOT / "configs").rglob("*.yaml")}
     assert "configs exists already" in lines_of_failure(["configs"], capsys)
+    main(["configs", "elsewhere/mine"])
+    assert Path("elsewhere/mine/tawin.yaml").read_text() == (ROOT / "configs" / "tawin.yaml").read_text()
+    with pytest.raises(SystemExit, match="0"):
+        main(["configs", "--help"])
+    assert "the new folder" in capsys.readouterr().out
+
+
+def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out.split()[-1] == importlib.metadata.version("recsys-tawin")

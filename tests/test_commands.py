@@ -20,7 +20,7 @@ import torch
 import yaml
 from matplotlib import pyplot
 
-from recsys.cli import main, recommend_parser
+from recsys.cli import configs_parser, main, recommend_parser
 from recsys.tree import TokenTree, pass_mask, row_mask
 from recsys.trie import Trie
 from tests.test_configs import CONFIGS, SMALL, folder  # noqa: F401 - a fixture
@@ -108,8 +108,10 @@ def test_commands_of_pages_parse(
     for words in commands_of(page):
         if words[:2] == ["recsys", "recommend"]:  # docs/recommendations.md's runs in test_trained.py
             assert not recommend_parser().parse_known_args(words[2:])[1]
+        elif words[:2] == ["recsys", "configs"]:
+            configs_parser().parse_args(words[2:])
         elif words[0] == "recsys":
-            if "--help" not in words and words[1] != "configs":
+            if "--help" not in words:
                 prints_its_config(words[1:], capsys)
         elif words[0] == "torchrun":
             prints_its_config(words[words.index("recsys.cli") + 1 :], capsys)
