@@ -39,9 +39,11 @@ from rectools.models.base import ModelBase
 from report import interval
 
 from recsys.data import HistoryDataModule
-from recsys.functional import ndcg_at_k, recall_at_k, window_around, windowed_partial_auc
+from recsys.functional import place_positive, window_around
+from recsys.metrics import NDCG, WPAUC, Recall
 
 CHUNK = 500  # rows that are ranked at a time
+METRICS = {**{f"R@{k}": Recall(k) for k in (1, 5, 10, 20)}, "NDCG@10": NDCG(10)}
 PARTS = {"val": "validation", "test": "test"}
 SHOWN_WITH_INTERVAL = ("R@10", "WPAUC(10±5)")
 SASREC = {"n_blocks": 2, "n_heads": 2, "n_factors": 64, "dropout_rate": 0.2, "lr": 1e-3, "batch_size": 64}
@@ -53,6 +55,7 @@ def main(
     epochs: tuple[int, ...] = (5, 10, 20, 40, 60),
     history: int = 50,
     newest: tuple[int, ...] = (1, 3, 10, 30, 100, 1000),
+    sampled: int | None = None,
 ) -> None:
     """Train and evaluate the models and print the tables.
 
@@ -62,6 +65,8 @@ def main(
         epochs: Lengths of SASRec's training among which validation chooses.
         history: Most events that SASRec reads.
         newest: Numbers of newest events among which validation chooses those that item-kNN goes by.
+        sampled: Negatives drawn at random for each title of SASRec's softmax loss, for a large catalogue; null takes
+            the whole catalogue.
     """
     warnings.filterwarnings("ignore", module="pytorch_lightning|rectools|pydantic|torch")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
@@ -73,7 +78,7 @@ def main(
     values = {
         "popularity": [{part: evaluate(popular, popular, data, part, 1) for part in PARTS}],
         "item-kNN": [item_knn(neighbours, newest, popular, data)],
-        "SASRec": [sasrec(seed, stretches, epochs, history, popular, data) for seed in seeds],
+        "SASRec": [sasrec(seed, stretches, epochs, history, sampled, popular, data) for seed in seeds],
     }
     for part, name in PARTS.items():
         print(
@@ -124,11 +129,18 @@ def item_knn(
 
 
 def sasrec(
-    seed: int, stretches: Dataset, epochs: tuple[int, ...], history: int, popular: ModelBase, data: HistoryDataModule
+    seed: int,
+    stretches: Dataset,
+    epochs: tuple[int, ...],
+    history: int,
+    sampled: int | None,
+    popular: ModelBase,
+    data: HistoryDataModule,
 ) -> dict[str, pd.DataFrame]:
     """Return the metrics of each part's rows after the epochs that are best on validation."""
     seed_everything(seed, verbose=False)
-    model = SASRecModel(session_max_len=history, **SASREC)
+    loss = {"loss": "softmax"} if sampled is None else {"loss": "sampled_softmax", "n_negatives": sampled}
+    model = SASRecModel(session_max_len=history, **SASREC, **loss)
     best: dict[str, pd.DataFrame] = {}
     trained = 0
     for epoch in sorted(epochs):
@@ -147,17 +159,18 @@ def sasrec(
 def evaluate(model: ModelBase, popular: ModelBase, data: HistoryDataModule, part: str, newest: int) -> pd.DataFrame:
     """Return each metric of the rows of one part, [R, metrics], by the newest events of each row's history."""
     every = data.evaluation_rows(part)
+    negatives = len(data.catalog) - 1
+    window = window_around(10, 5, negatives)
     frames = []
     for rows in np.split(every, range(CHUNK, len(every), CHUNK)):
         scores = torch.from_numpy(score(model, popular, data, rows, newest))
         items = np.broadcast_to(np.arange(len(data.catalog)), scores.shape)
         relevance = torch.from_numpy(items == data.histories.items[rows][:, None])
         seen = torch.from_numpy(data.histories.seen(rows, items))
-        alpha, d = window_around(10, 5, len(data.catalog) - 1)
-        metrics = {f"R@{k}": recall_at_k(scores, relevance, k) for k in (1, 5, 10, 20)}
-        metrics["NDCG@10"] = ndcg_at_k(scores, relevance, 10)
-        metrics["WPAUC(10±5)"] = windowed_partial_auc(scores, relevance, alpha, d)
-        metrics["filtered R@10"] = recall_at_k(scores.masked_fill(seen & ~relevance, -torch.inf), relevance, 10)
+        place = place_positive(scores, relevance)
+        metrics = {name: metric.place_values(place, negatives).numpy() for name, metric in METRICS.items()}
+        metrics["WPAUC(10±5)"] = WPAUC(*window).place_values(place, negatives).numpy()
+        metrics["filtered R@10"] = place_positive(scores, relevance, ~seen).recall(10).numpy()
         frames.append(pd.DataFrame(metrics))
     return pd.concat(frames)
 
@@ -171,6 +184,8 @@ def score(model: ModelBase, popular: ModelBase, data: HistoryDataModule, rows: n
         similarity.resize(len(data.catalog), len(data.catalog))
         scores = (histories.get_user_item_matrix(include_warm_items=True) @ similarity).toarray()
         scores[scores == 0] = np.nan
+    elif isinstance(model, PopularModel) and len(rows) > 1:
+        scores = score(model, popular, data, rows[:1], newest).repeat(len(rows), 0)  # the same for all
     else:
         found = model.recommend(
             rows, histories, len(data.catalog), filter_viewed=False, add_rank_col=False, on_unsupported_targets="ignore"
