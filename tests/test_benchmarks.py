@@ -466,10 +466,11 @@ def test_synthetic_rows_follow_the_distribution_whose_recall_is_printed(
         main(out, users=20_000, items=6, **options)
 
 
-def test_baselines(benchmark_main, tables: dict[str, str], capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize("sampled", [None, 5])
+def test_baselines(sampled: int | None, benchmark_main, tables: dict[str, str], capsys: pytest.CaptureFixture[str]):
     pytest.importorskip("rectools", reason="needs an environment of its own, see benchmarks/baselines.py")
     data = HistoryDataModule(Table(**tables), PromptTemplate())
-    benchmark_main("baselines")(data, seeds=(0, 1), epochs=(1, 2), history=6, newest=(1, 3, 9))
+    benchmark_main("baselines")(data, seeds=(0, 1), epochs=(1, 2), history=6, newest=(1, 3, 9), sampled=sampled)
     printed = capsys.readouterr()
     lines = [[cell.strip() for cell in line.split("|")] for line in printed.out.splitlines() if line]
     models = [line for line in lines if line[1] in ("popularity", "item-kNN", "SASRec")]
